@@ -1,0 +1,194 @@
+"""Sharded checkpoints: Megatron dist_checkpointing underneath, atomic and checked on top.
+
+A checkpoint is a directory `step_00000010` that appears by one rename, when all of it is on disk. Its
+`manifest.json` lists every file with size and sha256; only a checkpoint that matches is trusted. It holds weights,
+optimizer and quantizer state as global tensors, whatever the layout that saved them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megatron_edge.contracts import InputError, QuantPlan
+from megatron_edge.model.build import unwrap
+from megatron_edge.quantize.state import PREFIX, prepare_quantizer_state, set_quantizer_state, sharded_quantizer_state
+from megatron_edge.runtime.session import Session
+
+log = logging.getLogger("megatron_edge")
+
+_SAVING = ".saving-"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint on disk: `extra` is what the job stored beside the tensors."""
+
+    path: Path
+    step: int
+    extra: dict[str, Any]
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Any | None,
+    plan: QuantPlan,
+    session: Session,
+    *,
+    extra: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `directory/step_<step>`; then removes all but the newest `keep`. All ranks call it.
+
+    Raises:
+        OSError: the disk refused; earlier checkpoints are untouched.
+    """
+    from megatron.core import dist_checkpointing
+
+    final = directory / f"step_{step:08d}"
+    saving = directory / f"{_SAVING}{final.name}"
+    session.on_rank_0(lambda: _fresh(saving))
+    state = _sharded_state(model, optimizer, plan, session, loading=False)
+    dist_checkpointing.save(state, str(saving))
+    session.on_rank_0(lambda: _publish(saving, final, step, extra, keep))
+    return final
+
+
+def find_newest(directory: Path, session: Session) -> CheckpointInfo | None:
+    """The newest checkpoint whose files match their manifest; damaged ones are named in the log and passed over.
+    All ranks call it and get the same answer."""
+    return session.on_rank_0(lambda: newest_intact(directory))
+
+
+def newest_intact(directory: Path) -> CheckpointInfo | None:
+    """As `find_newest`, for one process without a process group."""
+    for path in sorted(directory.glob("step_*"), reverse=True):
+        problem = damage(path)
+        if problem is None:
+            manifest = json.loads((path / "manifest.json").read_text())
+            return CheckpointInfo(path, manifest["step"], manifest["extra"])
+        log.warning("checkpoint %s is damaged (%s): passing over it", path, problem)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None where they match the manifest."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"manifest.json cannot be read: {error}"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
+        if _sha256(file) != entry["sha256"]:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def load_checkpoint(
+    info: CheckpointInfo, model: nn.Module, optimizer: Any | None, plan: QuantPlan, session: Session
+) -> None:
+    """Fills weights, quantizers and (where given) optimizer of this shard, in place, from a checkpoint of any layout.
+    All ranks call it; quantizers must have been inserted.
+
+    Raises:
+        InputError: the checkpoint lacks a parameter of this model.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    prepare_quantizer_state(model, plan)
+    state = _sharded_state(model, optimizer, plan, session, loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(info.path), strict=StrictHandling.RAISE_UNEXPECTED)
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise InputError(f"{info.path} does not hold this model's tensors: {error}") from error
+    result = unwrap(model).load_state_dict(loaded["model"], strict=False)
+    missing = [key for key in result.missing_keys if "_quantizer" not in key and "_extra_state" not in key]
+    assert not missing, f"{info.path}: parameters were not loaded: {missing}"
+    set_quantizer_state(model, plan, loaded["quantizers"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def has_quantizers(info: CheckpointInfo) -> bool:
+    """Whether the checkpoint holds quantizer state."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return any(key.startswith(PREFIX) for key in FileSystemReader(str(info.path)).read_metadata().state_dict_metadata)
+
+
+def _sharded_state(
+    model: nn.Module, optimizer: Any | None, plan: QuantPlan, session: Session, *, loading: bool
+) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "non_homogeneous_layers": True,
+        "singleton_local_shards": True,  # gate and up rows of SwiGLU as two tensors, with quantizers and without
+    }
+    weights = {
+        key: value
+        for key, value in unwrap(model).sharded_state_dict(metadata=metadata).items()
+        if "_quantizer" not in key and not key.endswith("_extra_state")
+    }
+    state: dict[str, Any] = {
+        "model": weights,
+        "quantizers": sharded_quantizer_state(
+            model, plan, tp_rank=session.tp_rank, tp=session.plan.tp, dp_rank=session.dp_rank
+        ),
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading)
+    return state
+
+
+def _fresh(path: Path) -> None:
+    for stale in path.parent.glob(f"{_SAVING}*"):
+        shutil.rmtree(stale)
+    path.mkdir(parents=True)
+
+
+def _publish(saving: Path, final: Path, step: int, extra: dict[str, Any], keep: int) -> None:
+    files = {
+        str(file.relative_to(saving)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(saving.rglob("*"))
+        if file.is_file()
+    }
+    manifest = saving / "manifest.json"
+    manifest.write_text(json.dumps({"step": step, "extra": extra, "files": files}, indent=1))
+    _sync(manifest)
+    _sync(saving)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(saving, final)
+    _sync(final.parent)
+    for old in sorted(final.parent.glob("step_*"), reverse=True)[keep:]:
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

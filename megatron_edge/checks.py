@@ -1,0 +1,200 @@
+"""Refusals before anything is spent: combinations of the configuration, its device, its layout and its model.
+
+In: a `RunConfig`, and the model's own config.json where a check needs its dimensions. Out: nothing, or an `InputError`
+naming the field, the value and what is allowed. Called by the launcher before any process group exists, and by jobs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_edge.config import CONF_DIR, TARGETS, QuantConfig, RunConfig, expected, options
+from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan
+
+ACTIVATIONS = {"none": ("none",), "int4": ("none",), "fp8": ("none", "fp8"), "nvfp4": ("none", "nvfp4")}
+GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "nvfp4": (16,)}
+ALGORITHMS = {"none": ("max",), "fp8": ("max",), "int4": ("max", "awq"), "nvfp4": ("max",)}
+_GROUPED = "a model whose sizes are multiples of it, or quant=fp8"
+
+
+def check_config(config: RunConfig) -> None:
+    """Every check across fields that needs neither the model nor the number of processes.
+
+    Raises:
+        InputError: naming the first field that is wrong, its value and what is allowed.
+    """
+    train, parallel = config.train, config.parallel
+    for name in ("expert", "context"):
+        if getattr(parallel, name) > 1:
+            raise InputError(f"parallel.{name}={getattr(parallel, name)}: not available yet; allowed is 1")
+    if parallel.sequence and parallel.tensor == 1:
+        raise InputError("parallel.sequence=true: needs parallel.tensor of at least 2; allowed with 1 is false")
+    if parallel.sequence and train.seq_length_tokens % parallel.tensor:
+        raise expected("train.seq_length_tokens", train.seq_length_tokens, f"a multiple of {parallel.tensor} (tensor)")
+    if train.mode == "ptq" and train.steps:
+        raise InputError(f"train.steps={train.steps}: train.mode=ptq only calibrates; allowed is 0, or train=qat")
+    if train.min_learning_rate > train.learning_rate:
+        raise expected("train.min_learning_rate", train.min_learning_rate, f"at most {train.learning_rate} (the peak)")
+    _check_recipe(config)
+    _check_device(config)
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raises InputError where run_dir cannot be made or written; makes nothing."""
+    path = Path(config.run_dir).absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        kind = "cannot be written to" if path.is_dir() else "is no directory"
+        raise expected("run_dir", config.run_dir, f"a path that this user can write; {path} {kind}")
+
+
+def check_batches(config: RunConfig, plan: ParallelPlan) -> None:
+    """Raises InputError where the global batch is no whole number of micro batches on every data parallel rank."""
+    train = config.train
+    unit = train.micro_batch * plan.dp
+    if train.global_batch % unit:
+        raise InputError(
+            f"train.global_batch={train.global_batch}: allowed are multiples of train.micro_batch x data parallel size "
+            f"= {train.micro_batch} x {plan.dp} = {unit}"
+        )
+
+
+def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """Layout, recipe and device against the sizes in a model's checked config.json (model/hf_config.py).
+
+    Raises:
+        InputError: naming the field, its value and what this model allows.
+    """
+    parallel, train = config.parallel, config.train
+    for field, degree, sizes in (
+        ("tensor", parallel.tensor, ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")),
+        ("pipeline", parallel.pipeline, ("num_hidden_layers",)),
+    ):
+        for size in sizes:
+            if hf_config[size] % degree:
+                able = ", ".join(str(n) for n in range(1, 65) if not any(hf_config[s] % n for s in sizes))
+                raise InputError(
+                    f"parallel.{field}={degree}: does not divide the model's {size}={hf_config[size]}; "
+                    f"allowed for this model: {able}"
+                )
+    if train.seq_length_tokens > hf_config["max_position_embeddings"]:
+        raise expected(
+            "train.seq_length_tokens",
+            train.seq_length_tokens,
+            f"at most the model's context, max_position_embeddings={hf_config['max_position_embeddings']}",
+        )
+    if config.kv.format == "int8" and hf_config["head_dim"] % 32:
+        raise InputError(
+            f"kv.format=int8: blocks of 32 do not divide the model's head_dim={hf_config['head_dim']}; allowed: kv=none"
+        )
+    _check_groups(config, hf_config)
+
+
+def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """Groups of weights that share a scale must not be cut by tensor parallelism, and the device must read them."""
+    from megatron_edge.artifact.formats import effective_group_size  # imports torch: not when only refusing a typo
+
+    quant, device, tensor = config.quant, config.device, config.parallel.tensor
+    if quant.weight not in ("int4", "nvfp4"):
+        return
+    inputs = {
+        "q_proj, k_proj, v_proj, gate_proj and up_proj": hf_config["hidden_size"],
+        "o_proj": hf_config["num_attention_heads"] * hf_config["head_dim"],
+        "down_proj": hf_config["intermediate_size"],
+    }
+    for name, size in inputs.items():
+        group = effective_group_size(size, quant.group_size) if quant.weight == "int4" else quant.group_size
+        if size % group:
+            raise InputError(
+                f"quant.group_size={group}: does not divide the {size} inputs of {name}; allowed: {_GROUPED}"
+            )
+        if name in ("o_proj", "down_proj") and size // tensor % group:
+            able = ", ".join(str(n) for n in range(1, tensor) if size % n == 0 and size // n % group == 0)
+            raise InputError(
+                f"parallel.tensor={tensor}: the shard of {name} has {size}/{tensor} = {size // tensor} inputs, "
+                f"no multiple of the group of {group} (quant.group_size={quant.group_size}); allowed for {name}: {able}"
+            )
+        if quant.weight == "int4" and group not in device.group_sizes:
+            raise InputError(
+                f"quant.group_size={quant.group_size}: the {size} inputs of {name} allow groups of {group}, which "
+                f"device={device.name} ({device.runtime}) does not read; allowed: {list(device.group_sizes)}"
+            )
+        if quant.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
+            raise InputError(
+                f"quant.weight=nvfp4: llama.cpp packs 64 weights, which do not divide the {size} inputs of {name}; "
+                f"allowed on device={device.name}: {', '.join(f for f in device.weight_formats if f != 'nvfp4')}"
+            )
+
+
+def _check_recipe(config: RunConfig) -> None:
+    quant, targets = config.quant, config.export.targets
+    for field, value, allowed in (
+        ("activation", quant.activation, ACTIVATIONS[quant.weight]),
+        ("group_size", quant.group_size, GROUP_SIZES[quant.weight]),
+        ("algorithm", quant.algorithm, ALGORITHMS[quant.weight]),
+    ):
+        if value not in allowed:
+            words = " or ".join(str(a) for a in allowed)
+            raise expected(f"quant.{field}", value, f"{words} with quant.weight={quant.weight}")
+    able = [target for target, weights in TARGETS.items() if quant.weight in weights]
+    for target in targets:
+        if target not in able:
+            raise InputError(
+                f"export.targets={targets}: {target} cannot carry quant.weight={quant.weight}; "
+                f"allowed: {', '.join(able)}"
+            )
+    if len(set(targets)) != len(targets):
+        raise expected("export.targets", targets, f"each of {', '.join(able)} at most once")
+
+
+def _runs(device: DeviceProfile, weight: str, activation: str, group_size: int) -> bool:
+    known = weight in device.weight_formats and activation in device.activation_formats
+    return known and (weight != "int4" or group_size in device.group_sizes)
+
+
+def _check_device(config: RunConfig) -> None:
+    """Refuse what the device's runtime does not run, naming the preset that comes nearest."""
+    device, quant = config.device, config.quant
+    on = f"device={device.name} (runtime {device.runtime})"
+    if not _runs(device, quant.weight, quant.activation, quant.group_size):
+        able = {
+            name: preset
+            for name, preset in presets("quant").items()
+            if _runs(device, preset["weight"], preset["activation"], preset["group_size"])
+        }
+        near = min(able, key=lambda name: _distance(able[name], quant), default=None)
+        raise InputError(
+            f"quant={quant.name} (weight={quant.weight}, activation={quant.activation}, group_size={quant.group_size})"
+            f": {on} does not run it; allowed: {', '.join(able)}; the nearest is quant={near}"
+        )
+    if config.kv.format not in device.kv_formats:
+        kv_able = [name for name, preset in presets("kv").items() if preset["format"] in device.kv_formats]
+        near = min(kv_able, key=lambda name: (name == "none", name), default=None)
+        raise InputError(
+            f"kv.format={config.kv.format}: {on} does not run it; allowed: {', '.join(kv_able)}; "
+            f"the nearest is kv={near}"
+        )
+
+
+def _distance(preset: dict[str, Any], quant: QuantConfig) -> tuple[int, bool, bool, bool]:
+    """How far a preset is from what was asked: bits of a weight first, then its format, then the rest."""
+    bits = {"none": 16, "fp8": 8, "int4": 4, "nvfp4": 4}
+    return (
+        abs(bits[preset["weight"]] - bits[quant.weight]),
+        preset["weight"] != quant.weight,
+        preset["activation"] != quant.activation,
+        preset["algorithm"] == "max" if preset["weight"] != quant.weight else preset["algorithm"] != quant.algorithm,
+    )
+
+
+@functools.cache
+def presets(group: str) -> dict[str, dict[str, Any]]:
+    """The options of a group by name, as their files say."""
+    return {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) for name in options(group)}

@@ -1,0 +1,228 @@
+"""The frozen records that stages hand each other. Standard library only; every stage may import this.
+
+A record describes; it never computes on tensors. JSON is its form on disk (`to_dict` / `from_dict`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class InputError(ValueError):
+    """The user's input is at fault: launchers print the message alone and exit with code 2.
+
+    The message names the field, the value found and what is allowed.
+    """
+
+
+class VerificationFailed(RuntimeError):
+    """At least one check of verify does not hold: launchers exit with code 3."""
+
+
+class StoppedBySignal(RuntimeError):
+    """A signal stopped the job after its state was saved: launchers exit with code 75."""
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Degrees of parallelism; `dp` is what the world leaves after the others."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    dp: int = 1
+    world_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """One row of a family's name table: a Megatron parameter and the Hugging Face tensors it holds.
+
+    Attributes:
+        pattern: Megatron parameter name; `{layer}` stands for the global layer index.
+        targets: Hugging Face names in the order in which `merge` lays them out.
+        split_axis: dimension that tensor parallelism splits (0 or 1), None where replicated.
+        merge: replicate | concat | qkv | gated.
+    """
+
+    pattern: str
+    targets: tuple[str, ...]
+    split_axis: int | None
+    merge: str = "concat"
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """Quantise what `pattern` (fnmatch, over Megatron module names) matches; later rules win."""
+
+    pattern: str
+    weight: str
+    activation: str
+    group_size: int
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What is quantised, how. Formats are names from `artifact.formats`; "none" leaves a tensor alone."""
+
+    weight: str
+    activation: str
+    kv: str
+    group_size: int
+    algorithm: str
+    rules: tuple[QuantRule, ...] = ()
+    excluded: tuple[str, ...] = ()
+    embedding: str = "none"
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What insertion did: matches per rule pattern, disabled quantizers, calibrated maxima by name."""
+
+    matches_per_rule: dict[str, int]
+    disabled: tuple[str, ...]
+    amax: dict[str, float]
+    awq_alpha: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    checkpoint_dir: str
+    step: int
+    tokens: int
+    losses_path: str
+    config_hash: str
+    quant_hash: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor. `format` is the meaning of its bytes: bf16 | fp32 | fp16 | int4 | nvfp4 | fp8 | scale."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """One quantised linear layer of the artifact: which stored tensors make it up.
+
+    `tensors` maps a role (codes, scale, global_scale, input_scale) to a tensor name.
+    `shape` is (out_features, in_features) of the dequantised weight.
+    """
+
+    format: str
+    activation: str
+    group_size: int
+    shape: tuple[int, int]
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is in an artifact. `files` maps the other files (config, tokenizer) to sha256."""
+
+    schema: str
+    family: str
+    dims: dict[str, Any]
+    dtype: str
+    tensors: dict[str, TensorEntry]
+    linears: dict[str, LinearEntry]
+    quant: dict[str, Any]
+    kv: dict[str, Any]
+    files: dict[str, str]
+    tokenizer_sha: str
+    source: dict[str, Any]
+    versions: dict[str, str]
+    draft: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Manifest:
+        """Raises InputError naming the key where `data` is not a manifest of this schema."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        missing = sorted(known - {"draft"} - set(data))
+        if missing:
+            raise InputError(f"manifest.json: keys {missing} are missing")
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise InputError(f"manifest.json: keys {unknown} are unknown to schema {data.get('schema')!r}")
+        fields = dict(data)
+        fields["tensors"] = {
+            name: TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in data["tensors"].items()
+        }
+        fields["linears"] = {
+            name: LinearEntry(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in data["linears"].items()
+        }
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """A device and the runtime that is to run the artifact on it.
+
+    `weight_formats`, `activation_formats`, `kv_formats` list what `runtime` really runs on this device;
+    `reserved_bytes` is what the operating system keeps, `overhead_bytes` what the runtime takes for itself.
+    """
+
+    name: str
+    runtime: str
+    memory_bytes: int
+    reserved_bytes: int
+    overhead_bytes: int
+    bandwidth_bytes_per_second: int
+    power_w: float
+    weight_formats: tuple[str, ...]
+    activation_formats: tuple[str, ...]
+    kv_formats: tuple[str, ...]
+    group_sizes: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device; `budget_bytes` is memory less what the system keeps."""
+
+    weights_bytes: int
+    kv_bytes: int
+    activations_bytes: int
+    workspace_bytes: int
+    budget_bytes: int
+    max_batch: int
+    max_seq_len: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.activations_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a verify report: `value` of `metric` against `limit`; `detail` names what failed."""
+
+    name: str
+    metric: str
+    value: float | str
+    limit: float | str
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.checks) and all(check.ok for check in self.checks)

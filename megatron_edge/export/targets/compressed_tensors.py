@@ -1,0 +1,169 @@
+"""Target `compressed_tensors`: the layout of llm-compressor checkpoints, which transformers and vLLM read.
+
+In: the canonical artifact (int4 weight-only, fp8, nvfp4); out: a directory with packed weights and
+`config.json: quantization_config`. Layout: compressed-tensors 0.20, compressors/{pack_quantized,naive_quantized,nvfp4}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_edge.artifact.store import ArtifactReader
+from megatron_edge.contracts import InputError, LinearEntry, Manifest
+from megatron_edge.export.targets.folder import (
+    SHARD_BYTES,
+    TargetContent,
+    TargetReport,
+    base_config,
+    describe_linears,
+    kv_format,
+    kv_scales,
+    plain_linears,
+    recipe,
+    role_tensor,
+    unquantised,
+    write_target,
+)
+
+FORMATS = {
+    ("int4", "none"): "pack-quantized",
+    ("fp8", "fp8"): "float-quantized",
+    ("fp8", "none"): "naive-quantized",
+    ("nvfp4", "nvfp4"): "nvfp4-pack-quantized",
+    ("nvfp4", "none"): "nvfp4-pack-quantized",
+}
+LOADING_DTYPES = {"int4": "float16", "nvfp4": "bfloat16"}  # the reasons are in `_notes`
+FP8_PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
+    """Raises InputError where compressed-tensors has no format for the artifact's weights and activations."""
+    manifest = reader.manifest
+    weight, activation = recipe(manifest, "compressed_tensors")
+    if (weight, activation) not in FORMATS:
+        allowed = ", ".join(f"weight={w} activation={a}" for w, a in FORMATS)
+        raise InputError(
+            f"export.targets: compressed_tensors cannot carry weight={weight} activation={activation}; "
+            f"allowed: {allowed} (use the target hf for unquantised weights)"
+        )
+    kv, carried, dropped = kv_format(manifest), [f"{describe_linears(manifest)} as {FORMATS[weight, activation]}"], []
+    if kv == "fp8":
+        carried.append("fp8 KV scales as self_attn.k_scale and self_attn.v_scale")
+    elif kv != "none":
+        dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
+    config = base_config(reader, LOADING_DTYPES.get(weight, manifest.dtype))
+    config["quantization_config"] = _config_section(manifest, FORMATS[weight, activation], kv)
+    content = TargetContent(_tensors(reader), config, carried, dropped, _notes(weight))
+    return write_target(reader, directory, "compressed_tensors", content, shard_bytes)
+
+
+def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from unquantised(reader)
+    for name, linear in reader.manifest.linears.items():
+        codes, scale = role_tensor(reader, linear, "codes"), role_tensor(reader, linear, "scale")
+        if linear.format == "int4":
+            yield f"{name}.weight_packed", _as_int32(codes)
+            yield f"{name}.weight_scale", scale
+            yield f"{name}.weight_shape", torch.tensor(linear.shape, dtype=torch.int64)
+        elif linear.format == "nvfp4":
+            yield f"{name}.weight_packed", codes
+            yield f"{name}.weight_scale", scale
+            yield f"{name}.weight_global_scale", _reciprocal(role_tensor(reader, linear, "global_scale"))
+        else:
+            yield f"{name}.weight", codes
+            yield f"{name}.weight_scale", scale.reshape(1)
+        if linear.activation == "nvfp4":
+            yield f"{name}.input_global_scale", _reciprocal(role_tensor(reader, linear, "input_scale"))
+        elif linear.activation == "fp8":
+            yield f"{name}.input_scale", role_tensor(reader, linear, "input_scale").reshape(1)
+    for attention, which, scale in kv_scales(reader):
+        yield f"{attention}.{which}_scale", scale.reshape(1)
+
+
+def _as_int32(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in/2], low nibble first -> int32 [out, in/8], little-endian nibbles: the same bytes, read by fours."""
+    if codes.shape[1] % 4:
+        raise InputError(f"compressed_tensors packs eight int4 codes a word: {2 * codes.shape[1]} inputs are no multiple")
+    return codes.contiguous().view(torch.int32)
+
+
+def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """compressed-tensors divides by its global scales where this project multiplies; fp32 [1]."""
+    return (1.0 / scale.float()).reshape(1)
+
+
+def _config_section(manifest: Manifest, layout: str, kv: str) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": plain_linears(manifest),
+        "kv_cache_scheme": FP8_PER_TENSOR if kv == "fp8" else None,
+        "config_groups": {
+            f"group_{index}": {"targets": targets, "format": layout, **_scheme(linear)}
+            for index, (targets, linear) in enumerate(_groups(manifest))
+        },
+    }
+
+
+def _groups(manifest: Manifest) -> list[tuple[list[str], LinearEntry]]:
+    """One config group per group size: class `Linear` where there is only one, else one pattern per kind of linear.
+
+    Kinds are names without the layer's number, such as `model.layers.N.mlp.down_proj`; all layers of a kind have the same
+    input width and therefore the same group size.
+    """
+    by_size: dict[int, LinearEntry] = {}
+    kinds: dict[int, set[str]] = {}
+    for name, linear in manifest.linears.items():
+        by_size.setdefault(linear.group_size, linear)
+        kinds.setdefault(linear.group_size, set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", name))
+    if len(by_size) == 1:
+        return [(["Linear"], next(iter(by_size.values())))]
+    return [(["re:" + _pattern(kind) for kind in sorted(kinds[size])], by_size[size]) for size in sorted(by_size)]
+
+
+def _pattern(kind: str) -> str:
+    return "^" + re.escape(kind).replace(r"\.N\.", r"\.\d+\.") + "$"
+
+
+def _scheme(linear: LinearEntry) -> dict[str, Any]:
+    if linear.format == "int4":
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": linear.group_size,
+            "dynamic": False,
+        }
+        return {"weights": weights, "input_activations": None, "output_activations": None}
+    if linear.format == "fp8":
+        inputs = FP8_PER_TENSOR if linear.activation == "fp8" else None
+        return {"weights": FP8_PER_TENSOR, "input_activations": inputs, "output_activations": None}
+    block = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": linear.group_size,
+        "dynamic": False,
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": "torch.float8_e4m3fn",
+    }
+    inputs = {**block, "dynamic": "local"} if linear.activation == "nvfp4" else None
+    return {"weights": block, "input_activations": inputs, "output_activations": None}
+
+
+def _notes(weight: str) -> list[str]:
+    """How transformers 5.23 with compressed-tensors 0.20 must load it: scales are cast to the model's data type."""
+    if weight == "int4":
+        return ["load as float16 (config.json says so) or float32: bfloat16 would round the fp16 scales"]
+    if weight == "fp8":
+        return ["transformers casts the fp32 scales to the model's data type: load with dtype=float32 for exact weights"]
+    return ["transformers runs nvfp4 with dtype=bfloat16 only; global scales are stored as fp32 reciprocals"]

@@ -1,0 +1,111 @@
+"""Target `modelopt`: NVIDIA ModelOpt's unified Hugging Face layout, which TensorRT-LLM, TensorRT Edge-LLM and vLLM read.
+
+In: the canonical artifact (fp8, or nvfp4 with or without activations); out: a directory with packed weights, `config.json`
+(`quantization_config`, `quant_method: modelopt`) and `hf_quant_config.json`, which Edge-LLM reads first.
+Layout: nvidia-modelopt 0.47, modelopt/torch/export/{unified_export_megatron,convert_hf_config}.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_edge.artifact.store import ArtifactReader
+from megatron_edge.contracts import InputError
+from megatron_edge.export.targets.folder import (
+    SHARD_BYTES,
+    TargetContent,
+    TargetReport,
+    base_config,
+    describe_linears,
+    kv_format,
+    kv_scales,
+    plain_linears,
+    recipe,
+    role_tensor,
+    unquantised,
+    write_target,
+)
+
+LAYOUT_VERSION = "0.47.0"
+ALGORITHMS = {("fp8", "fp8"): "FP8", ("nvfp4", "nvfp4"): "NVFP4", ("nvfp4", "none"): "W4A16_NVFP4"}
+NVFP4_BLOCK = 16
+
+
+def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
+    """Raises InputError where ModelOpt has no algorithm for the artifact's weights and activations."""
+    manifest = reader.manifest
+    weight, activation = recipe(manifest, "modelopt")
+    if (weight, activation) not in ALGORITHMS:
+        allowed = ", ".join(f"weight={w} activation={a}" for w, a in ALGORITHMS)
+        raise InputError(
+            f"export.targets: modelopt cannot carry weight={weight} activation={activation}; allowed: {allowed} "
+            "(use the target compressed_tensors for int4, hf for unquantised weights)"
+        )
+    algorithm, kv = ALGORITHMS[weight, activation], kv_format(manifest)
+    carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], []
+    if kv == "fp8":
+        carried.append("fp8 KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
+    elif kv != "none":
+        dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
+    quantization = _quantization(algorithm, kv, plain_linears(manifest))
+    config = base_config(reader, manifest.dtype)
+    config["quantization_config"] = _config_section(quantization, activation != "none")
+    content = TargetContent(
+        tensors=_tensors(reader),
+        config=config,
+        carried=carried,
+        dropped=dropped,
+        notes=["transformers has no modelopt quantiser: it loads this directory without an error and answers nonsense"],
+        sidecars={"hf_quant_config.json": {"producer": _producer(), "quantization": quantization}},
+    )
+    return write_target(reader, directory, "modelopt", content, shard_bytes)
+
+
+def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from unquantised(reader)
+    for name, linear in reader.manifest.linears.items():
+        yield f"{name}.weight", role_tensor(reader, linear, "codes")
+        yield f"{name}.weight_scale", role_tensor(reader, linear, "scale")
+        if linear.format == "nvfp4":
+            yield f"{name}.weight_scale_2", role_tensor(reader, linear, "global_scale")
+        if linear.activation != "none":
+            yield f"{name}.input_scale", role_tensor(reader, linear, "input_scale")
+    for attention, which, scale in kv_scales(reader):
+        yield f"{attention}.{which}_proj.{which}_scale", scale
+
+
+def _producer() -> dict[str, str]:
+    """Readers recognise the layout by this name; the version is the layout's."""
+    return {"name": "modelopt", "version": LAYOUT_VERSION}
+
+
+def _quantization(algorithm: str, kv: str, excluded: list[str]) -> dict[str, Any]:
+    section: dict[str, Any] = {"quant_algo": algorithm, "exclude_modules": excluded}
+    if "NVFP4" in algorithm:
+        section["group_size"] = NVFP4_BLOCK
+    section["kv_cache_quant_algo"] = "FP8" if kv == "fp8" else None
+    return section
+
+
+def _config_section(quantization: dict[str, Any], activations: bool) -> dict[str, Any]:
+    """`quantization_config` of config.json: the sidecar's facts in compressed-tensors' vocabulary."""
+    form: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if "group_size" in quantization:
+        form = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": quantization["group_size"]}
+    group: dict[str, Any] = {"weights": form, "targets": ["Linear"]}
+    if activations:
+        group["input_activations"] = form
+    section: dict[str, Any] = {
+        "config_groups": {"group_0": group},
+        "ignore": quantization["exclude_modules"],
+        "quant_algo": quantization["quant_algo"],
+        "producer": _producer(),
+        "quant_method": "modelopt",
+    }
+    if quantization["kv_cache_quant_algo"] == "FP8":
+        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return section

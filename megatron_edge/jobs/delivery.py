@@ -1,0 +1,185 @@
+"""From a run's checkpoint to a proven artifact: export, verify, evaluate, and the closing summary. One process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_edge import checkpoint as checkpoints
+from megatron_edge import memory
+from megatron_edge.artifact.store import ArtifactReader, ArtifactWriter, sha256_of_file
+from megatron_edge.config import RunConfig, from_yaml
+from megatron_edge.contracts import InputError, VerificationFailed
+from megatron_edge.export import targets
+from megatron_edge.export.compress import compress
+from megatron_edge.jobs.preflight import CONFIG_FILE
+from megatron_edge.log import console
+from megatron_edge.model.families import ModelDims
+from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.quantize import policy
+from megatron_edge.runtime.launcher import Launch
+from megatron_edge.verify.report import Limits, Verification, table, verify_artifact
+
+log = logging.getLogger("megatron_edge")
+
+PACKAGES = ("megatron-core", "nvidia-modelopt", "torch", "transformers")
+
+
+def finish(config: RunConfig) -> None:
+    """Export, verify and summary of a trained run.
+
+    Raises:
+        VerificationFailed: a check does not hold; everything is on disk nevertheless.
+    """
+    source = open_source(resolve_source(config.model.source, config.model.revision))
+    _export(config, source)
+    report = _verify(config, source.hf_config)
+    _summary(config, report)
+    _raise_unless_ok(report, Path(config.run_dir) / "verify.json")
+
+
+def export(config: RunConfig, launch: Launch) -> None:
+    """run_dir's newest checkpoint as the canonical artifact and export.targets. Rank 0 does it."""
+    if launch.rank == 0:
+        _export(config, open_source(resolve_source(config.model.source, config.model.revision)))
+
+
+def verify(config: RunConfig, launch: Launch) -> None:
+    """Checks artifact= against reference= (run directories by default). Rank 0 does it.
+
+    Raises:
+        VerificationFailed: a check does not hold.
+    """
+    if launch.rank != 0:
+        return
+    artifact = Path(config.artifact) if config.artifact else artifact_dir(config)
+    run_dir = Path(config.reference or config.run_dir)
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise InputError(f"reference={run_dir}: no {CONFIG_FILE}; allowed: the directory of the run that trained {artifact}")
+    of_run = from_yaml((run_dir / CONFIG_FILE).read_text())
+    hf_config = json.loads((artifact / "config.json").read_text()) if (artifact / "config.json").is_file() else None
+    report = _verify(of_run, hf_config, artifact, run_dir)
+    console().print(table(report))
+    _raise_unless_ok(report, run_dir / "verify.json")
+
+
+def evaluate(config: RunConfig, launch: Launch) -> None:
+    """Held-out loss and perplexity of artifact=DIR, or of the artifact of run_dir=DIR. Rank 0 does it."""
+    if launch.rank != 0:
+        return
+    from megatron_edge.train.data import load_data
+    from megatron_edge.verify.quality import Windows, load_model, nats_per_token
+
+    directory = Path(config.artifact) if config.artifact else artifact_dir(config)
+    reader = ArtifactReader(directory)
+    tokenizer = open_source(directory).tokenizer()
+    cache = Path(config.run_dir) / "data"
+    data = load_data(config.data, tokenizer, config.train.seq_length_tokens, config.train.seed, cache)
+    batch = data.heldout.evaluation(config.data.eval_tokens)
+    windows = Windows(batch.tokens, batch.documents, batch.positions, batch.loss_mask)
+    loss = nats_per_token(load_model(reader, getattr(torch, reader.manifest.dtype)), windows)
+    log.info(
+        "%s: %.4f nats/token, perplexity %.3f over %d tokens", directory, loss, torch.tensor(loss).exp(), windows.counted_tokens
+    )
+
+
+def artifact_dir(config: RunConfig) -> Path:
+    return Path(config.run_dir) / "artifact" / "canonical"
+
+
+def _export(config: RunConfig, source: ModelSource) -> None:
+    found = checkpoints.newest_intact(Path(config.run_dir) / "checkpoints")
+    if found is None:
+        raise InputError(f"run_dir={config.run_dir!r}: no intact checkpoint to export; allowed: a run that has saved one")
+    hf_config = source.hf_config
+    quant_plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(hf_config))
+    directory = artifact_dir(config)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    log.info("exporting %s", found.path)
+    with ArtifactWriter(directory, config.export.shard_bytes) as writer:
+        done = compress(found.path, writer, hf_config, quant_plan)
+        source.save_tokenizer(writer.side_files)
+        source.save_config(writer.side_files, getattr(torch, done.dtype))
+        writer.finish(
+            family=hf_config["architectures"][0],
+            dims=asdict(ModelDims.from_hf(hf_config)),
+            dtype=done.dtype,
+            linears=done.linears,
+            quant=asdict(quant_plan),
+            kv=done.kv,
+            tokenizer_sha=sha256_of_file(writer.side_files / "tokenizer.json"),
+            source={"model": config.model.source, "fingerprint": source.fingerprint(), "step": found.step},
+            versions={name: version(name) for name in PACKAGES},
+        )
+    reader = ArtifactReader(directory)
+    for name in config.export.targets:
+        report = targets.convert(name, reader, directory.parent / name, config.export.shard_bytes)
+        for dropped in report.dropped:
+            log.info("target %s does not carry %s", name, dropped)
+
+
+def _verify(
+    config: RunConfig, hf_config: dict[str, Any] | None, artifact: Path | None = None, run_dir: Path | None = None
+) -> Verification:
+    artifact, run_dir = artifact or artifact_dir(config), run_dir or Path(config.run_dir)
+    limits = Limits(
+        device=config.device,
+        memory=memory.plan(config, hf_config) if hf_config else None,
+        max_loss_rise=config.export.max_loss_rise,
+    )
+    log.info("verifying %s", artifact)
+    return verify_artifact(artifact, run_dir / "reference", limits, output=run_dir / "verify.json")
+
+
+def _raise_unless_ok(report: Verification, written: Path) -> None:
+    failed = [f"{check.name} ({check.detail or check.value})" for check in report.checks if not check.ok]
+    if not report.ok:
+        raise VerificationFailed(f"{len(failed)} checks do not hold: {'; '.join(failed)[:800]}; all of it: {written}")
+
+
+def _summary(config: RunConfig, report: Verification) -> None:
+    """What the run brought: losses, bytes, the artifact, the next command."""
+    from rich.table import Table
+
+    run_dir = Path(config.run_dir)
+    losses = json.loads((run_dir / "reference" / "reference.json").read_text())["losses"]
+    shown = Table("model", "held-out nats/token", "perplexity", title=f"{config.scenario or 'run'}: {config.quant.name}")
+    labels = {"bf16": "as it came (bf16)", "fp32": "as it came (fp32)", "ptq": "calibrated (PTQ)", "trained": "trained"}
+    for key, label in labels.items():
+        if key in losses:
+            shown.add_row(label, f"{losses[key]:.4f}", f"{torch.tensor(losses[key]).exp():.2f}")
+    for check in report.checks:
+        if check.name == "perplexity" and isinstance(check.value, float):
+            shown.add_row("artifact", *_artifact_row(check.metric, check.value, losses))
+    console().print(table(report))
+    console().print(shown)
+    reader = ArtifactReader(artifact_dir(config))
+    before = sum(_bf16_bytes(reader))
+    plan = json.loads((run_dir / "plan.json").read_text())
+    log.info("weights: %.1f MB, %.1f MB in bf16 (%.3f)", reader.size_bytes() / 1e6, before / 1e6, reader.size_bytes() / before)
+    log.info(
+        "device %s: %.0f of %.0f MiB", config.device.name, plan["device_total_bytes"] / 2**20, plan["device"]["budget_bytes"] / 2**20
+    )
+    log.info("artifact: %s", artifact_dir(config))
+    log.info("next: python launch/evaluate.py run_dir=%s data.heldout=YOUR_TEXT", config.run_dir)
+
+
+def _artifact_row(metric: str, value: float, losses: dict[str, float]) -> tuple[str, str]:
+    loss = losses["trained"] + value if "rise" in metric else value
+    return f"{loss:.4f}", f"{torch.tensor(loss).exp():.2f}"
+
+
+def _bf16_bytes(reader: ArtifactReader) -> list[int]:
+    linears = [2 * entry.shape[0] * entry.shape[1] for entry in reader.manifest.linears.values()]
+    plain = [
+        2 * torch.Size(entry.shape).numel()
+        for entry in reader.manifest.tensors.values()
+        if entry.format in ("bf16", "fp32", "fp16")
+    ]
+    return linears + plain

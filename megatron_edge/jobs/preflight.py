@@ -1,0 +1,110 @@
+"""What rank 0 checks before a process group exists: model, layout, device budget, run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_edge import checks, config as configuration, memory
+from megatron_edge.config import RunConfig
+from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.model.source import open_source, resolve_source
+from megatron_edge.runtime.launcher import Launch
+
+log = logging.getLogger("megatron_edge")
+
+CONFIG_FILE = "config.yaml"
+PLAN_FILE = "plan.json"
+_held_locks: list[Any] = []  # open files: the lock lives as long as the process
+
+
+def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
+    """Rank 0, before the others get the configuration: the model is there and fits layout and device, and the run
+    directory is ours. Writes config.yaml and plan.json.
+
+    Raises:
+        InputError: any of it is not so.
+    """
+    config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
+    hf_config = _checked_model(config)
+    memory.refuse_if_over(memory.plan(config, hf_config), config.device)
+    _take_run_directory(config)
+    _write_plan(config, hf_config, layout)
+    return config
+
+
+def native_precision(precision: str) -> str:
+    """bf16 | fp32; "auto" is bf16 where the hardware multiplies it, else fp32: emulated bf16 is 20 times slower."""
+    if precision != "auto":
+        return precision
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def _checked_model(config: RunConfig) -> dict[str, Any]:
+    source = open_source(resolve_source(config.model.source, config.model.revision))
+    checks.check_model_dims(config, source.hf_config)
+    source.tokenizer()
+    return source.hf_config
+
+
+def _take_run_directory(config: RunConfig) -> None:
+    """Raises InputError where it cannot be written, holds another run, or another job is at work in it."""
+    directory = Path(config.run_dir)
+    saved = directory / CONFIG_FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("a")
+        _held_locks.append(lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if saved.exists() and config.resume != "never":
+            configuration.check_same_run(configuration.from_yaml(saved.read_text()), config)
+        partial = saved.with_suffix(f".partial{os.getpid()}")
+        partial.write_text(configuration.to_yaml(config))
+        partial.replace(saved)
+    except BlockingIOError:
+        raise InputError(f"run_dir={config.run_dir!r}: another job is at work there; allowed: another directory") from None
+    except OSError as error:
+        raise InputError(f"run_dir={config.run_dir!r} cannot be written: {error}; allowed: a writable directory") from None
+
+
+def _write_plan(config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan) -> None:
+    device = memory.plan(config, hf_config)
+    training = memory.training_plan(config, hf_config, layout)
+    record = {
+        "device": {"name": config.device.name, "runtime": config.device.runtime, **asdict(device)},
+        "device_total_bytes": device.total_bytes,
+        "training": [{**asdict(stage), "total_bytes": stage.total_bytes} for stage in training],
+        "layout": asdict(layout),
+    }
+    (Path(config.run_dir) / PLAN_FILE).write_text(json.dumps(record, indent=1))
+
+
+def plan(config: RunConfig, launch: Launch) -> None:
+    """Prints what the job needs, per training rank and on the device; refuses what does not fit."""
+    from rich.table import Table
+
+    from megatron_edge.log import console
+
+    config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
+    hf_config = _checked_model(config)
+    needed = memory.plan(config, hf_config)
+    table = Table("where", "weights", "KV / gradients", "activations", "runtime / optimizer", "total", "budget")
+    mib = 2**20
+    for stage in memory.training_plan(config, hf_config, launch.plan):
+        parts = (stage.weights_bytes, stage.gradients_bytes, stage.activations_bytes, stage.optimizer_bytes)
+        table.add_row(f"training, stage {stage.stage}", *(f"{part / mib:,.0f}" for part in (*parts, stage.total_bytes)), "")
+    parts = (needed.weights_bytes, needed.kv_bytes, needed.activations_bytes, needed.workspace_bytes)
+    totals = (needed.total_bytes, needed.budget_bytes)
+    table.add_row(config.device.name, *(f"{part / mib:,.0f}" for part in (*parts, *totals)))
+    table.title = f"MiB for {config.quant.name} on {config.device.name} ({config.device.runtime})"
+    console().print(table)
+    memory.refuse_if_over(needed, config.device)

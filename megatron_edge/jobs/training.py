@@ -1,0 +1,233 @@
+"""The qat job: import -> evaluate -> calibrate -> train -> reference -> export -> verify.
+
+Stages meet in the run directory: what a checkpoint already holds is not done again, and export and verify can be run
+alone on it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from megatron_edge import checkpoint as checkpoints
+from megatron_edge.contracts import InputError, ParallelPlan, QuantPlan, QuantReport
+from megatron_edge.jobs.delivery import finish
+from megatron_edge.log import MetricsWriter, TrainingProgress
+from megatron_edge.model.build import build_model, load_weights
+from megatron_edge.model.families import ModelDims
+from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.quantize import apply, awq, policy
+from megatron_edge.runtime.session import Session, open_session
+from megatron_edge.train import reference, step
+from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
+from megatron_edge.train.loop import fit
+
+if TYPE_CHECKING:
+    from megatron_edge.config import RunConfig
+    from megatron_edge.runtime.launcher import Launch
+
+log = logging.getLogger("megatron_edge")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EVALUATION_MICRO_BATCH = 4
+
+
+@dataclass
+class _Run:
+    """What the stages of one job share."""
+
+    config: RunConfig
+    session: Session
+    source: ModelSource
+    plan: QuantPlan
+    data: TrainingData
+    heldout: list[Batch]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.train.precision]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return self.extra.setdefault("losses_nats_per_token", {})
+
+
+def qat(config: RunConfig, launch: Launch) -> None:
+    """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
+    source = open_source(resolve_source(config.model.source, config.model.revision))
+    plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
+    with open_session(
+        launch.plan,
+        rank=launch.rank,
+        local_rank=launch.local_rank,
+        store=launch.store,
+        timeout_seconds=config.parallel.timeout_seconds,
+        seed=config.train.seed,
+    ) as session:
+        run = _prepare_run(config, session, source, plan)
+        model = build_model(source.hf_config, launch.plan, run.dtype, session.device)
+        found = _checkpoint_to_resume(run)
+        if found is None:
+            _import_and_calibrate(run, model)
+            found = checkpoints.find_newest(run.checkpoint_dir, session)
+            assert found is not None
+        else:
+            run.extra = found.extra
+            apply.insert_quantizers(model, plan)
+        trained = _train(run, model, found)
+        _write_reference(run, trained)
+    if launch.rank == 0:
+        finish(config)
+
+
+def _prepare_run(config: RunConfig, session: Session, source: ModelSource, plan: QuantPlan) -> _Run:
+    data = load_data(
+        config.data,
+        source.tokenizer(),
+        config.train.seq_length_tokens,
+        config.train.seed,
+        Path(config.run_dir) / "data",
+        session.on_rank_0,
+    )
+    heldout = _even_batches(data.heldout.evaluation(config.data.eval_tokens), EVALUATION_MICRO_BATCH)
+    return _Run(config, session, source, plan, data, heldout)
+
+
+def _even_batches(windows: Batch, size: int) -> list[Batch]:
+    """Batches of `size` windows; the last is filled with repeated windows that do not count."""
+    missing = -windows.tokens.shape[0] % size
+    if missing:
+        fill = Batch(*(part[:1].repeat(missing, 1) for part in windows))
+        fill = fill._replace(loss_mask=torch.zeros_like(fill.loss_mask))
+        windows = Batch(*(torch.cat(parts) for parts in zip(windows, fill, strict=True)))
+    return windows.split(size)
+
+
+def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
+    """Raises InputError where resume=must finds nothing, or the data are not those of the checkpoint."""
+    if run.config.resume == "never":
+        return None
+    found = checkpoints.find_newest(run.checkpoint_dir, run.session)
+    if found is None:
+        if run.config.resume == "must":
+            raise InputError(f"resume=must: no intact checkpoint in {run.checkpoint_dir}; allowed: auto, never")
+        return None
+    if found.extra["data"] != run.data.fingerprint:
+        raise InputError(f"data: {found.path} was trained on other data than data.train gives now; allowed: the same text")
+    if found.extra["model"] != run.source.fingerprint():
+        raise InputError(f"model.source: {found.path} was trained from another model than {run.source.path}")
+    log.info("resuming from %s", found.path)
+    return found
+
+
+def _import_and_calibrate(run: _Run, model: nn.Module) -> None:
+    """Weights in, losses of the model as it came and as calibrated, and the checkpoint of step 0."""
+    session, plan = run.session, run.plan
+    load_weights(model, run.source.read, run.source.hf_config, tp_rank=session.tp_rank, tp=session.plan.tp)
+    run.extra |= {"data": run.data.fingerprint, "model": run.source.fingerprint()}
+    run.losses["bf16" if run.dtype is torch.bfloat16 else "fp32"] = _evaluate(run, model, "the model as it came")
+    report = _calibrate(run, model)
+    if plan.rules or plan.kv != "none":
+        run.losses["ptq"] = _evaluate(run, model, "calibrated, not trained")
+    run.extra["quant_report"] = asdict(report)
+    _save(run, 0, model, None)
+
+
+def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
+    config, session, plan = run.config, run.session, run.plan
+    calibration: list[Batch] = []
+    if plan.algorithm == "awq" or plan.activation != "none" or plan.kv == "fp8":
+        windows = run.data.train.calibration(config.quant.calib_size)
+        calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
+
+    def forward_loop(_: nn.Module) -> None:
+        step.run_forward(model, calibration, session)
+
+    choices: dict[str, awq.AwqChoice] = {}
+    if plan.algorithm == "awq" and plan.weight == "int4":
+        tokens = config.quant.calib_size * config.train.seq_length_tokens
+        choices = awq.search_and_fold(
+            model, plan, forward_loop, calib_tokens=tokens, awq_tokens=config.quant.awq_tokens
+        )
+    matches = apply.insert_quantizers(model, plan)
+    report = apply.calibrate(model, plan, matches, forward_loop)
+    if matches:
+        log.info("quantizers: %s", ", ".join(f"{pattern} x{count}" for pattern, count in matches.items()))
+    return replace(report, awq_alpha={name: choice.alpha for name, choice in choices.items()})
+
+
+def _evaluate(run: _Run, model: nn.Module, what: str) -> float:
+    loss = step.evaluate(model, run.heldout, run.session)
+    log.info("held-out loss, %s: %.4f nats/token (perplexity %.2f)", what, loss, torch.tensor(loss).exp())
+    return loss
+
+
+def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn.Module:
+    """Trains from `found` to the last step; gives the model to go on with."""
+    config, session = run.config, run.session
+    steps = config.train.steps if config.train.mode != "ptq" else 0
+    if found.step == 0:
+        checkpoints.load_checkpoint(found, model, None, run.plan, session)
+    wrapped, optimizer = step.make_trainable(model, config.train, run.dtype)
+    if found.step > 0:
+        checkpoints.load_checkpoint(found, wrapped, optimizer, run.plan, session)
+    if found.step >= steps:
+        return wrapped
+    batches = BatchPlan(run.data.train, config.train.global_batch, config.train.micro_batch)
+    with (
+        MetricsWriter(run.directory, session.rank, after_step=found.step) as metrics,
+        TrainingProgress(steps, found.step, session.rank, config.train.log_every_steps) as progress,
+    ):
+
+        def report(values: dict[str, float]) -> None:
+            metrics.write(values)
+            progress.update(values)
+
+        fit(
+            wrapped,
+            optimizer,
+            batches,
+            config.train,
+            session,
+            start_step=found.step,
+            save=lambda at: _save(run, at, wrapped, optimizer),
+            report=report,
+        )
+    return wrapped
+
+
+def _save(run: _Run, at: int, model: nn.Module, optimizer: Any | None) -> None:
+    checkpoints.save_checkpoint(
+        run.checkpoint_dir,
+        at,
+        model,
+        optimizer,
+        run.plan,
+        run.session,
+        extra=run.extra,
+        keep=run.config.train.keep_checkpoints,
+    )
+    log.info("saved %s", run.checkpoint_dir / f"step_{at:08d}")
+
+
+def _write_reference(run: _Run, model: nn.Module) -> None:
+    """The trained model's own word, for verify; all ranks call it."""
+    run.losses["trained"] = _evaluate(run, model, "trained")
+    reference.write_reference(
+        run.directory / "reference", model, run.source.hf_config, run.plan, run.session, run.heldout, run.losses
+    )

@@ -1,0 +1,219 @@
+"""Byte arithmetic: what an artifact takes on its device, what training takes on each rank. No tensors, no measuring.
+
+In: a RunConfig and a model's checked config.json (model/hf_config.py). Out: records of bytes, or a refusal before
+anything is spent. Weights and KV cache are exact (artifact/formats.py has the bytes of each format); activations are
+estimates, and each function says of what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from megatron_edge.artifact.formats import effective_group_size, storage_bytes
+from megatron_edge.config import QuantConfig, RunConfig
+from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
+
+PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of every decoder layer: (out, in), and the Megatron module that holds it."""
+
+    name: str
+    shape: tuple[int, int]
+    module: str
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model; `head` is 0 where the output layer is the embedding."""
+
+    embedding: int
+    linears: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.linears + self.norms + self.head
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one rank of one pipeline stage; `activations_bytes` is an estimate."""
+
+    stage: int
+    parameters: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
+    """The linear layers of one decoder layer of the Llama family, by their Hugging Face names."""
+    hidden, ffn, width = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["head_dim"]
+    query, key_value = hf_config["num_attention_heads"] * width, hf_config["num_key_value_heads"] * width
+    return (
+        Linear("self_attn.q_proj", (query, hidden), "self_attention.linear_qkv"),
+        Linear("self_attn.k_proj", (key_value, hidden), "self_attention.linear_qkv"),
+        Linear("self_attn.v_proj", (key_value, hidden), "self_attention.linear_qkv"),
+        Linear("self_attn.o_proj", (hidden, query), "self_attention.linear_proj"),
+        Linear("mlp.gate_proj", (ffn, hidden), "mlp.linear_fc1"),
+        Linear("mlp.up_proj", (ffn, hidden), "mlp.linear_fc1"),
+        Linear("mlp.down_proj", (hidden, ffn), "mlp.linear_fc2"),
+    )
+
+
+def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
+    hidden, layers = hf_config["hidden_size"], hf_config["num_hidden_layers"]
+    embedding = hf_config["vocab_size"] * hidden
+    return ParameterCount(
+        embedding=embedding,
+        linears=layers * sum(out * into for out, into in (linear.shape for linear in linears(hf_config))),
+        norms=(2 * layers + 1) * hidden,
+        head=0 if hf_config["tie_word_embeddings"] else embedding,
+    )
+
+
+def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> int:
+    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised."""
+    excluded = any(fnmatch(f"decoder.layers.{layer}.{linear.module}", pattern) for pattern in quant.exclude)
+    if quant.weight == "none" or excluded:
+        return storage_bytes(dtype, linear.shape)
+    group = effective_group_size(linear.shape[1], quant.group_size) if quant.weight == "int4" else quant.group_size
+    input_scale = 4 if quant.activation != "none" else 0
+    return storage_bytes(quant.weight, linear.shape, group) + input_scale
+
+
+def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
+    """Bytes of all tensors of the canonical artifact: linears in their format, the rest in the training dtype."""
+    dtype, count = config.train.precision, count_parameters(hf_config)
+    total = (count.embedding + count.norms + count.head) * DTYPE_BYTES[dtype]
+    for layer in range(hf_config["num_hidden_layers"]):
+        total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
+        total += 8 if config.kv.format == "fp8" else 0  # k_scale and v_scale
+    return total
+
+
+def kv_bytes(fmt: str, hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:
+    """Bytes of a full KV cache of `batch` sequences; "none" is bf16. Static FP8 scales belong to the weights."""
+    values = (
+        2,
+        hf_config["num_hidden_layers"],
+        batch,
+        seq_len,
+        hf_config["num_key_value_heads"],
+        hf_config["head_dim"],
+    )
+    per_value = {"none": "bf16", "fp8": "fp8", "int8": "int8"}[fmt]
+    return storage_bytes(per_value, values) - (4 if fmt == "fp8" else 0)
+
+
+def device_activations_bytes(hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:
+    """Estimate: one chunk of a prompt inside one layer in fp32, with its attention scores, and a row of logits each."""
+    hidden, ffn, width = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["head_dim"]
+    heads, kv_heads = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
+    tokens = min(PREFILL_CHUNK_TOKENS, batch * seq_len)
+    row = 2 * hidden + (2 * heads + 2 * kv_heads) * width + heads * seq_len + 3 * ffn
+    return 4 * (tokens * row + batch * hf_config["vocab_size"])
+
+
+def plan(config: RunConfig, hf_config: Mapping[str, Any]) -> MemoryPlan:
+    """Bytes on the device at its limits: export.max_batch_size sequences of export.max_seq_len tokens (at most the
+    model's own context)."""
+    export, device = config.export, config.device
+    seq_len = min(export.max_seq_len, hf_config["max_position_embeddings"])
+    return MemoryPlan(
+        weights_bytes=weights_bytes(config, hf_config),
+        kv_bytes=kv_bytes(config.kv.format, hf_config, export.max_batch_size, seq_len),
+        activations_bytes=device_activations_bytes(hf_config, export.max_batch_size, seq_len),
+        workspace_bytes=device.overhead_bytes,
+        budget_bytes=device.memory_bytes - device.reserved_bytes,
+        max_batch=export.max_batch_size,
+        max_seq_len=seq_len,
+    )
+
+
+def refuse_if_over(needed: MemoryPlan, device: DeviceProfile) -> None:
+    """Raises InputError with the bytes of each part where the plan exceeds the budget, and with what would fit."""
+    over = needed.total_bytes - needed.budget_bytes
+    if over <= 0:
+        return
+    parts = (
+        ("weights", needed.weights_bytes),
+        ("KV cache", needed.kv_bytes),
+        ("activations", needed.activations_bytes),
+        ("runtime", needed.workspace_bytes),
+    )
+    left = needed.budget_bytes - (needed.total_bytes - needed.kv_bytes)
+    fitting = left * needed.max_seq_len // needed.kv_bytes
+    advice = (
+        f"export.max_seq_len of at most {fitting} with export.max_batch_size={needed.max_batch}"
+        if fitting > 0
+        else "a smaller model, or a narrower quant="
+    )
+    raise InputError(
+        f"device={device.name}: {needed.total_bytes:,} bytes ({', '.join(f'{name} {size:,}' for name, size in parts)}) "
+        f"exceed its budget of {needed.budget_bytes:,} bytes by {over:,}; allowed: {advice}"
+    )
+
+
+def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[TrainingMemory, ...]:
+    """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights."""
+    train, count = config.train, count_parameters(hf_config)
+    hidden, layers = hf_config["hidden_size"], hf_config["num_hidden_layers"] // layout.pp
+    micro_batches = max(1, train.global_batch // (train.micro_batch * layout.dp))
+    linears_per_layer = count.linears // hf_config["num_hidden_layers"]
+    stages = []
+    for stage in range(layout.pp):
+        first, last = stage == 0, stage == layout.pp - 1
+        parameters = layers * (linears_per_layer // layout.tp + 2 * hidden)
+        # A tied output layer on another stage than the embedding is a copy of it.
+        parameters += count.embedding // layout.tp if first or (last and not count.head) else 0
+        parameters += hidden + count.head // layout.tp if last else 0
+        in_flight = min(layout.pp - stage, micro_batches)
+        stages.append(
+            TrainingMemory(
+                stage=stage,
+                parameters=parameters,
+                weights_bytes=parameters * DTYPE_BYTES[train.precision],
+                gradients_bytes=parameters * 4,
+                optimizer_bytes=parameters * (12 if train.precision == "bf16" else 8) if train.steps else 0,
+                activations_bytes=_training_activations_bytes(config, hf_config, layout, layers, in_flight, last),
+            )
+        )
+    return tuple(stages)
+
+
+def _training_activations_bytes(
+    config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, layers: int, in_flight: int, last: bool
+) -> int:
+    """Estimate of what backward needs, without recomputation: the inputs of each operation of `layers` layers for every
+    micro batch in flight, and fp32 logits with their gradient on the last stage.
+
+    After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, SwiGLU, GQA, no dropout.
+    """
+    train = config.train
+    hidden, ffn, width = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["head_dim"]
+    heads, kv_heads = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
+    tokens = train.micro_batch * train.seq_length_tokens
+    replicated = 4 * hidden // (layout.tp if layout.sequence_parallel else 1)  # inputs of two norms, qkv and fc1
+    norms_fp32 = 2 * 4 * hidden  # a norm works in fp32
+    attention = (
+        3 * heads + 4 * kv_heads
+    ) * width + 2 * heads * train.seq_length_tokens  # q, k, v before and after RoPE
+    mlp = 4 * ffn  # gate, up, silu(gate), their product
+    size = DTYPE_BYTES[train.precision]
+    per_token = size * (replicated + (attention + mlp) // layout.tp) + norms_fp32
+    logits = 2 * 4 * tokens * hf_config["vocab_size"] // layout.tp if last else 0
+    return layers * tokens * per_token * in_flight + logits

@@ -1,0 +1,207 @@
+"""What a Hugging Face `config.json` promises: checked, completed, and the tensors that follow from it.
+
+In: the parsed JSON, in the classic style (rope_theta, rope_scaling) or that of transformers 5 (rope_parameters).
+Out: a plain dict in which every field that this project reads is present under its classic key.
+`model.source` calls `checked_config` and `check_tensors`; everyone may call the small functions below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_edge.contracts import InputError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+
+# Rotary embeddings that we can reproduce, each with the numbers that it needs.
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+# Buffers that old exporters wrote beside the weights; recomputed from the config by everyone who reads them.
+_DERIVED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def rope_theta(hf_config: Mapping[str, Any]) -> float:
+    """Base wavelength of the rotary embedding, from a config of either style (10000 where it says nothing)."""
+    theta = _rope_fields(hf_config).get("rope_theta") or hf_config.get("rope_theta") or 10000.0
+    return float(theta)
+
+
+def rope_scaling(hf_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The classic `rope_scaling` of a config of either style: {"rope_type": ..., numbers}, None for plain RoPE.
+
+    Raises:
+        InputError: a rotary embedding other than those in ROPE_FIELDS, or one whose numbers are missing or odd.
+    """
+    fields = _rope_fields(hf_config)
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind not in ROPE_FIELDS:
+        raise InputError(f"rope_scaling: rope_type is {kind!r}; allowed: {', '.join(ROPE_FIELDS)}")
+    numbers: dict[str, Any] = {name: fields.get(name) for name in ROPE_FIELDS[kind]}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+            raise InputError(f"rope_scaling: {name} of rope_type {kind!r} is {number!r}; allowed: a positive number")
+    surplus = sorted(set(fields) - set(numbers) - {"rope_type", "type", "rope_theta"})
+    # A surplus number may change the embedding (partial_rotary_factor does): better refused than ignored.
+    if any(fields[name] not in (None, 1, 1.0) for name in surplus):
+        raise InputError(
+            f"rope_scaling: rope_type {kind!r} comes with {surplus}; allowed: {ROPE_FIELDS[kind] or 'nothing more'}"
+        )
+    if kind == "llama3" and not numbers["high_freq_factor"] > numbers["low_freq_factor"]:
+        raise InputError(
+            f"rope_scaling: high_freq_factor is {numbers['high_freq_factor']!r}; "
+            f"allowed: more than low_freq_factor, which is {numbers['low_freq_factor']!r}"
+        )
+    return None if kind == "default" else {"rope_type": kind, **numbers}
+
+
+def head_dim(hf_config: Mapping[str, Any]) -> int:
+    """Width of one attention head: the config's own word, else hidden_size / num_attention_heads."""
+    return int(hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"])
+
+
+def _rope_fields(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    # The order of transformers 5.23, RotaryEmbeddingConfigMixin.convert_rope_params_to_dict.
+    fields = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(fields, Mapping):
+        raise InputError(f"rope_scaling is {fields!r}; allowed: an object with rope_type {', '.join(ROPE_FIELDS)}")
+    return fields
+
+
+def checked_config(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """A copy of `raw`, checked and completed: classic keys, every default written out, no `rope_parameters`.
+
+    Args:
+        origin: what error messages call the config, for example its path.
+
+    Raises:
+        InputError: naming `origin`, the field, its value and what is allowed.
+    """
+    _refuse_unsupported(raw, origin)
+    config = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype", "_name_or_path")}
+    if raw.get("dtype") is not None:
+        config["torch_dtype"] = raw["dtype"]
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        config[field] = _positive_int(raw, field, None, origin)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    config["num_key_value_heads"] = _positive_int(raw, "num_key_value_heads", heads, origin)
+    config["max_position_embeddings"] = _positive_int(raw, "max_position_embeddings", 2048, origin)
+    if raw.get("head_dim") is None and hidden % heads:
+        raise InputError(f"{origin}: hidden_size is {hidden}; allowed: a multiple of num_attention_heads, {heads}")
+    config["head_dim"] = _positive_int(raw, "head_dim", hidden // heads, origin)
+    if heads % config["num_key_value_heads"]:
+        raise InputError(
+            f"{origin}: num_key_value_heads is {config['num_key_value_heads']}; "
+            f"allowed: a divisor of num_attention_heads, {heads}"
+        )
+    if config["head_dim"] % 2:
+        raise InputError(f"{origin}: head_dim is {config['head_dim']}; allowed: an even number, as RoPE turns pairs")
+    epsilon = raw.get("rms_norm_eps", 1e-6)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+        raise InputError(f"{origin}: rms_norm_eps is {epsilon!r}; allowed: a number between 0 and 1")
+    config["rms_norm_eps"] = float(epsilon)
+    config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
+    config.update(hidden_act="silu", attention_bias=False, mlp_bias=False)
+    for field, default in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", None)):
+        config[field] = raw.get(field, default)
+    try:
+        config["rope_theta"], config["rope_scaling"] = rope_theta(raw), rope_scaling(raw)
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{origin}: {error}") from error
+    return config
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], origin: str) -> None:
+    if raw.get("auto_map"):
+        raise InputError(
+            f"{origin}: auto_map is {raw['auto_map']!r}: this model runs code of its own; "
+            "allowed: architectures built into transformers (trust_remote_code is never set)"
+        )
+    for field in ("quantization_config", "compression_config"):
+        if raw.get(field):
+            raise InputError(
+                f"{origin}: {field} is {raw[field]!r}: the weights are quantised already; "
+                "allowed: weights in float32, float16 or bfloat16, or a GGUF file"
+            )
+    architectures = raw.get("architectures")
+    if (
+        not isinstance(architectures, list)
+        or len(architectures) != 1
+        or architectures[0] not in SUPPORTED_ARCHITECTURES
+    ):
+        raise InputError(
+            f"{origin}: architectures is {architectures!r} (model_type {raw.get('model_type')!r}); "
+            f"allowed: one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    for field, allowed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if raw.get(field, allowed) != allowed:
+            raise InputError(f"{origin}: {field} is {raw[field]!r}; allowed: {allowed!r}")
+
+
+def _positive_int(raw: Mapping[str, Any], field: str, default: int | None, origin: str) -> int:
+    value = raw.get(field)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{origin}: {field} is {value!r}; allowed: a positive integer")
+    return value
+
+
+def expected_tensors(hf_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checked config promises, in the model's order."""
+    hidden, ffn, vocab = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["vocab_size"]
+    width = head_dim(hf_config)
+    query, key_value = hf_config["num_attention_heads"] * width, hf_config["num_key_value_heads"] * width
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(hf_config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.self_attn.q_proj.weight"] = (query, hidden)
+        shapes[f"{prefix}.self_attn.k_proj.weight"] = (key_value, hidden)
+        shapes[f"{prefix}.self_attn.v_proj.weight"] = (key_value, hidden)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, query)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (ffn, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (ffn, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, ffn)
+    shapes["model.norm.weight"] = (hidden,)
+    if not hf_config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def check_tensors(hf_config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Compare the tensors that are there with those that the config promises.
+
+    A tied model may still store `lm_head.weight` (transformers ignores it as well).
+
+    Raises:
+        InputError: naming the first tensors that are missing, surplus or of another shape.
+    """
+    expected = expected_tensors(hf_config)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise InputError(f"{origin}: {_some(missing)} missing; allowed: every tensor that its config promises")
+    wrong = [
+        f"{name} is {list(found[name])} and not {list(shape)}"
+        for name, shape in expected.items()
+        if tuple(found[name]) != shape
+    ]
+    if wrong:
+        raise InputError(f"{origin}: tensor shapes do not fit: {_some(wrong)}; allowed: what its config promises")
+    ignored = {"lm_head.weight"} if hf_config["tie_word_embeddings"] else set()
+    surplus = [n for n in found if n not in expected and n not in ignored and not _DERIVED_TENSOR.fullmatch(n)]
+    if surplus:
+        raise InputError(f"{origin}: {_some(surplus)} unknown to {hf_config['architectures'][0]}; allowed: {_LAYOUT}")
+
+
+_LAYOUT = "embed_tokens, norm, lm_head and, per layer, two norms and the q/k/v/o/gate/up/down projections"
+
+
+def _some(items: list[str]) -> str:
+    rest = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + rest

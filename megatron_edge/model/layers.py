@@ -1,0 +1,92 @@
+"""The layers that we put in place of Megatron's: norm, rotary embedding, core attention.
+
+Same code on CPU and CUDA, with and without TransformerEngine; numerics are those of the Hugging Face model, so
+that import and artifact can be compared with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / rms(x), the statistic in fp32. Usable with sequence parallelism, which upstream's
+    torch norm refuses (torch_norm.py:33): the weight is tagged so that its gradient is summed over TP ranks."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_inverse_frequencies(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
+    """fp32 [head_dim / 2]. Scaling types: none, linear, llama3 (arXiv 2407.21783; transformers' modeling_rope)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / theta**exponent
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if scaling is None or kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return frequencies * ((1 - smooth) / scaling["factor"] + smooth)
+
+
+class PackedRotaryEmbedding(nn.Module):
+    """Angles for packed windows, whose positions restart at each document.
+
+    Stands in for megatron's RotaryEmbedding. `position_ids` [b, s] is set before each forward of the model;
+    the result is fp32 [s, b, 1, head_dim], which Megatron's unfused rope broadcasts over heads.
+    """
+
+    def __init__(self, head_dim: int, theta: float, scaling: dict | None, device: torch.device) -> None:
+        super().__init__()
+        frequencies = rotary_inverse_frequencies(head_dim, theta, scaling).to(device)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        self.position_ids: Tensor | None = None
+
+    def get_rotary_seq_len(self, *_: Any) -> int:
+        assert self.position_ids is not None, "position_ids must be set before the model runs"
+        return self.position_ids.shape[1]
+
+    def forward(self, seq_len: int, **_: Any) -> Tensor:
+        assert self.position_ids is not None
+        angles = self.position_ids.t().float()[..., None] * self.inverse_frequencies
+        return torch.cat((angles, angles), dim=-1)[:, :, None, :]
+
+
+class PackedAttention(nn.Module):
+    """Core attention on torch's fused kernel, confined to documents by the mask that the data gives.
+
+    `attention_mask` is bool [b, 1, s, s], True where attention is not allowed. KV quantizers act on key and value
+    after rotation, as a runtime's cache sees them.
+    """
+
+    def __init__(self, config: Any, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=~attention_mask, scale=self.scale)
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,0 +1,243 @@
+"""Puts modelopt's quantizers into a Megatron shard, calibrates them, and computes with the project's own numerics.
+
+modelopt inserts the quantizers, routes weights and activations through them and collects maxima over data and
+ranks; what a quantizer computes comes from `artifact.formats` through modelopt's backend registry, so that what is
+trained is what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_edge.artifact import formats
+from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
+from megatron_edge.model.build import first_layer_of, global_name, unwrap
+from megatron_edge.model.layers import PackedAttention
+from megatron_edge.quantize.policy import rule_for
+from megatron_edge.runtime import compat
+
+log = logging.getLogger("megatron_edge")
+
+BACKEND = "megatron_edge"
+
+# What modelopt needs to know of each format: how maxima are collected. The arithmetic is ours.
+_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "fp8": {"num_bits": (4, 3), "axis": None},
+    "nvfp4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
+    "int4": {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
+    "int8_kv": {"num_bits": 8, "axis": None, "type": "dynamic"},
+}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantised value forward, the gradient unchanged backward (arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
+    """Entry of modelopt's backend registry. int4 weights come as [groups, group_size], everything else as is."""
+    args = quantizer.backend_extra_args
+    kept = getattr(quantizer, "_kept", None)
+    if kept is not None:
+        return _StraightThrough.apply(x, kept)
+    with torch.no_grad():
+        amax = getattr(quantizer, "_amax", None)
+        if args["role"] == "kv":
+            value = formats.fake_quantize_kv(args["format"], x, amax)
+        else:
+            value = formats.fake_quantize(args["format"], x, amax, args["group_size"])
+    if getattr(quantizer, "_keep", False):
+        quantizer._kept = value
+    return _StraightThrough.apply(x, value)
+
+
+@contextlib.contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, weights do not change: each is quantised once, at its first use, and kept until the end."""
+    quantizers = [q for name, q in _quantizers(model) if name.endswith("weight_quantizer")]
+    for quantizer in quantizers:
+        quantizer._keep = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer._keep, quantizer._kept = False, None
+
+
+def _register() -> None:
+    """modelopt knows Megatron's linear layers; it has to be told of our attention and of our numerics."""
+    from megatron.core import parallel_state
+    from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        is_registered_quant_backend,
+        register_quant_backend,
+    )
+    from modelopt.torch.utils.distributed import ParallelState
+
+    if is_registered_quant_backend(BACKEND):
+        return
+    register_quant_backend(BACKEND, _fake_quantize)
+
+    class QuantPackedAttention(QuantModule):
+        """With a local core attention modelopt's KV recipes do nothing, silently; this gives them quantizers."""
+
+        def _setup(self) -> None:
+            self.k_bmm_quantizer = TensorQuantizer()
+            self.v_bmm_quantizer = TensorQuantizer()
+            self.parallel_state = ParallelState(
+                parallel_state.get_data_parallel_group(with_context_parallel=True),
+                parallel_state.get_tensor_model_parallel_group(),
+            )
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(query, self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs)
+
+    QuantModuleRegistry.register({PackedAttention: "edge_PackedAttention"})(QuantPackedAttention)
+
+
+def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
+    """Adds the plan's quantizers to this shard, not yet calibrated. In place; all ranks call it.
+
+    Returns:
+        How many modules of the whole model each pattern (of rules and exclusions) matches.
+
+    Raises:
+        InputError: a pattern that matches nothing, in the whole model.
+    """
+    compat.install()
+    import modelopt.torch.quantization as mtq
+
+    _register()
+    inner = unwrap(model)
+    offset = first_layer_of(inner)
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    names = {name: global_name(name, offset) for name, _ in inner.named_modules()}
+    for name, whole in names.items():
+        rule = rule_for(whole, plan)
+        if rule is not None:
+            entries += _linear_entries(name, rule)
+        if plan.kv != "none" and name.endswith(".core_attention"):
+            kind = "int8_kv" if plan.kv == "int8" else plan.kv
+            args = {"format": plan.kv, "role": "kv", "group_size": 0}
+            entries += [
+                {"quantizer_name": f"{name}.{which}_bmm_quantizer", "cfg": _attributes(kind, 0, args)} for which in "kv"
+            ]
+    matches = _count_matches(list(names.values()), plan)
+    if len(entries) > 1:
+        with contextlib.redirect_stdout(None):  # modelopt prints a count per rank; the report has better ones
+            mtq.quantize(inner, {"quant_cfg": entries, "algorithm": None})
+    return matches
+
+
+def _linear_entries(name: str, rule: QuantRule) -> list[dict[str, Any]]:
+    entries = []
+    for role, chosen in (("weight", rule.weight), ("input", rule.activation)):
+        if chosen != "none":
+            args = {"format": chosen, "role": role, "group_size": rule.group_size}
+            cfg = _attributes(chosen, rule.group_size, args)
+            entries.append({"quantizer_name": f"{name}.{role}_quantizer", "cfg": cfg})
+    return entries
+
+
+def _attributes(kind: str, group_size: int, args: dict[str, Any]) -> dict[str, Any]:
+    attributes = {**_ATTRIBUTES[kind], "backend": BACKEND, "backend_extra_args": args}
+    if kind == "int4":
+        attributes["block_sizes"] = {-1: group_size, "type": "static"}
+    return attributes
+
+
+def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
+    from megatron.core import parallel_state
+
+    patterns = [rule.pattern for rule in plan.rules] + list(plan.excluded)
+    counts = torch.tensor([sum(fnmatch(name, pattern) for name in names) for pattern in patterns], dtype=torch.int64)
+    if len(patterns) and dist.get_backend() == "nccl":
+        counts = counts.cuda()
+    if len(patterns):
+        dist.all_reduce(counts, group=parallel_state.get_pipeline_model_parallel_group())
+    matches = dict(zip(patterns, counts.tolist(), strict=True))
+    empty = [pattern for pattern, count in matches.items() if count == 0]
+    if empty:
+        raise InputError(f"quant: patterns {empty} match no module of the model; names look like {names[-3:]}")
+    return matches
+
+
+def calibrate(
+    model: nn.Module, plan: QuantPlan, matches: dict[str, int], forward_loop: Callable[[nn.Module], None]
+) -> QuantReport:
+    """Sets every quantizer's maximum from the weights and from `forward_loop` (data), then snaps it so that the
+    scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a tensor."""
+    import modelopt.torch.quantization as mtq
+
+    inner = unwrap(model)
+    enabled = [(name, q) for name, q in _quantizers(inner) if q.is_enabled]
+    if enabled:
+        needs_data = any(_wants_data(q) for _, q in enabled)
+        with torch.no_grad():
+            mtq.calibrate(inner, "max", forward_loop if needs_data else None)
+    offset = first_layer_of(inner)
+    amax = {}
+    for name, quantizer in enabled:
+        value = getattr(quantizer, "_amax", None)
+        if value is None:
+            continue
+        set_amax(quantizer, value)
+        amax[global_name(name, offset)] = float(quantizer._amax.max())
+    disabled = tuple(global_name(n, offset) for n, q in _quantizers(inner) if not q.is_enabled)
+    return QuantReport(matches_per_rule=matches, disabled=disabled, amax=amax)
+
+
+def _wants_data(quantizer: Any) -> bool:
+    return quantizer.backend_extra_args["role"] != "weight" and quantizer.backend_extra_args["format"] != "int8"
+
+
+def set_amax(quantizer: Any, value: Tensor) -> None:
+    """Sets a quantizer's maximum, in fp32 and snapped; int4: any shape with one element per group."""
+    args = quantizer.backend_extra_args
+    value = formats.snap_amax(args["format"], value.detach().float())
+    if args["format"] == "int4":
+        value = value.reshape(-1, 1)
+    if hasattr(quantizer, "_amax"):
+        delattr(quantizer, "_amax")
+    quantizer.register_buffer("_amax", value.clone())
+
+
+def _quantizers(model: nn.Module) -> list[tuple[str, Any]]:
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TensorQuantizer)]
+
+
+def enabled_quantizers(model: nn.Module) -> dict[str, Any]:
+    """Enabled quantizers of this shard by their name in the whole model (…linear_fc1.weight_quantizer)."""
+    inner = unwrap(model)
+    offset = first_layer_of(inner)
+    return {global_name(name, offset): q for name, q in _quantizers(inner) if q.is_enabled}
+
+
+@contextlib.contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes as if it had no quantizers."""
+    enabled = [q for _, q in _quantizers(model) if q.is_enabled]
+    for quantizer in enabled:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in enabled:
+            quantizer.enable()

@@ -1,0 +1,77 @@
+"""From a quantisation recipe and a model's sizes to an ordered QuantPlan. Pure: no model, no tensors.
+
+Patterns are fnmatch patterns over Megatron module names with the layer's index in the whole model; a later rule
+overrides an earlier one.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any
+
+from megatron_edge.artifact.formats import effective_group_size
+from megatron_edge.contracts import InputError, QuantPlan, QuantRule
+from megatron_edge.model.families import ModelDims
+
+# Linear layers of a decoder layer and the size of their input.
+LINEARS = {
+    "*.self_attention.linear_qkv": "hidden",
+    "*.self_attention.linear_proj": "heads",
+    "*.mlp.linear_fc1": "hidden",
+    "*.mlp.linear_fc2": "ffn",
+}
+
+
+def in_features(dims: ModelDims) -> dict[str, int]:
+    """Input size of each kind of linear layer, by its pattern."""
+    sizes = {"hidden": dims.hidden_size, "heads": dims.num_heads * dims.head_dim, "ffn": dims.ffn_hidden_size}
+    return {pattern: sizes[kind] for pattern, kind in LINEARS.items()}
+
+
+def make_plan(quant: Any, kv: Any, dims: ModelDims) -> QuantPlan:
+    """`quant` has weight, activation, group_size, algorithm and exclude; `kv` has format (config.QuantConfig, KvConfig).
+
+    Raises:
+        InputError: a weight format whose group divides no linear layer's input.
+    """
+    rules: list[QuantRule] = []
+    if quant.weight != "none":
+        for pattern, size in in_features(dims).items():
+            group = _group_size(quant.weight, size, quant.group_size)
+            rules.append(QuantRule(pattern, quant.weight, quant.activation, group))
+    return QuantPlan(
+        weight=quant.weight,
+        activation=quant.activation,
+        kv=kv.format,
+        group_size=quant.group_size,
+        algorithm=quant.algorithm,
+        rules=tuple(rules),
+        excluded=tuple(quant.exclude),
+    )
+
+
+def _group_size(weight_format: str, size: int, configured: int) -> int:
+    if weight_format == "int4":
+        return effective_group_size(size, configured)
+    if weight_format == "nvfp4":
+        if size % 16:
+            raise InputError(f"quant.weight: nvfp4 needs input sizes that are multiples of 16; the model has {size}")
+        return 16
+    return 0
+
+
+def rule_for(name: str, plan: QuantPlan) -> QuantRule | None:
+    """The rule that holds for the module `name` (layer index of the whole model); None: left alone."""
+    if any(fnmatch(name, pattern) for pattern in plan.excluded):
+        return None
+    found = None
+    for rule in plan.rules:
+        if fnmatch(name, rule.pattern):
+            found = rule
+    return found
+
+
+def group_of_tensor(plan: QuantPlan, module_name: str) -> tuple[str, int] | None:
+    """(weight format, group size) of a linear layer, None where it is not quantised."""
+    rule = rule_for(module_name, plan)
+    return None if rule is None or rule.weight == "none" else (rule.weight, rule.group_size)

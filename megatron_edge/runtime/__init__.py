@@ -1,0 +1,1 @@
+"""What a job runs on: the launcher, the topology, process groups and devices, and every patch of upstream."""

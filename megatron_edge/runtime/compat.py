@@ -1,0 +1,273 @@
+"""Every change that we make to megatron-core and modelopt, each with its reason and its test.
+
+`install()` runs once per process, before a model is built. On a machine with CUDA only the modelopt part does
+anything; on a CPU the Megatron part gives each upstream module that names CUDA its own view of `torch`, in which
+those names mean the CPU. Nothing of the real `torch` is changed. Tests: tests/unit/test_compat.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+MEGATRON_VERSIONS = ("0.16.1",)
+MODELOPT_VERSIONS = ("0.47.0",)
+
+# Modules of megatron.core 0.16.1 that name a CUDA device, stream or random state on the path of a dense GPT.
+_MODULES_NAMING_CUDA = (
+    "tensor_parallel.layers",
+    "tensor_parallel.mappings",
+    "tensor_parallel.utils",
+    "pipeline_parallel.schedules",
+    "pipeline_parallel.p2p_communication",
+    "distributed.param_and_grad_buffer",
+    "distributed.finalize_model_grads",
+    "distributed.distributed_data_parallel",
+    "optimizer.optimizer",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "models.common.embeddings.rotary_pos_embedding",
+    "models.common.embeddings.rope_utils",
+    "transformer.utils",
+    "utils",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.exchange_utils",
+)
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like", "full_like")
+
+
+class _NoStream:
+    """A CUDA stream or event on a machine without one: work is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+
+
+class _CudaOnCpu(types.ModuleType):
+    """`torch.cuda` as those modules see it on a CPU; anything not listed is torch's own."""
+
+    Stream = Event = _NoStream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def synchronize(device: Any = None) -> None: ...
+
+    @staticmethod
+    def current_stream(device: Any = None) -> _NoStream:
+        return _NoStream()
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class _TorchOnCpu(types.ModuleType):
+    """`torch` as those modules see it on a CPU: `device="cuda"` makes CPU tensors."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu("torch.cuda")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class _CpuTensorsAsCuda(torch.overrides.TorchFunctionMode):
+    """Tensor.type() answers 'torch.cuda.FloatTensor' for CPU tensors, with which upstream compares
+    (optimizer.py:671, clip_grads.py:167), and Tensor.cuda() gives the tensor itself (language_module.py:244)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _with_cpu_as_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _CpuTensorsAsCuda():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _require(package: str, allowed: tuple[str, ...]) -> None:
+    found = version(package)
+    if found not in allowed:
+        raise RuntimeError(
+            f"megatron_edge/runtime/compat.py was written for {package} {', '.join(allowed)}; found {found}. "
+            "Read that release's changes, run tests/unit/test_compat.py, then add it to the list."
+        )
+
+
+# What upstream says that a user cannot act on: (start of the message, why it does not matter here).
+_HARMLESS_WARNINGS = (
+    (r"Apex is not installed", "the log has one line on accelerators"),
+    (r"Transformer ?Engine and Apex are not installed", "the same"),
+    (r"transformers .* is not tested with current version of modelopt", "modelopt's Hugging Face path is not used"),
+    (r"GPTModel\.sharded_state_dict is not the version ModelOpt patches", "we save quantizers ourselves"),
+    (r"Distributed training is initialized but no parallel_state is set .*QuantMLP", "an MLP holds no quantizer itself"),
+    (r"The given buffer is not writable", "modelopt's extra state, which we do not save"),
+    (r"`load_state_dict` is deprecated and will be removed in future versions", "Megatron's call of torch"),
+    (r"`torch\.jit\.script` is (deprecated|not supported)", "upstream's kernels, unused here"),
+)
+
+
+def _silence_harmless_warnings() -> None:
+    for message, _ in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+@functools.cache
+def install() -> None:
+    """Applies every patch; calling it again does nothing.
+
+    Raises:
+        RuntimeError: a version of megatron-core or modelopt that the patches were not written for.
+    """
+    _require("megatron-core", MEGATRON_VERSIONS)
+    _require("nvidia-modelopt", MODELOPT_VERSIONS)
+    _silence_harmless_warnings()
+    if not torch.cuda.is_available():
+        _megatron_on_cpu()
+    _write_checkpoints_in_process()
+    _modelopt_exception_safe()
+
+
+def _megatron_on_cpu() -> None:
+    proxy = _TorchOnCpu()
+    for name in _MODULES_NAMING_CUDA:
+        importlib.import_module("megatron.core." + name).torch = proxy  # type: ignore[attr-defined]
+    # opt/plugins/megatron.py:86 synchronises unconditionally whenever a state dict is made.
+    importlib.import_module("modelopt.torch.opt.plugins.megatron").torch = proxy  # type: ignore[attr-defined]
+    _random_states_on_cpu()
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    LanguageModule.setup_embeddings_and_output_layer = _with_cpu_as_cuda(
+        LanguageModule.setup_embeddings_and_output_layer
+    )
+    clip = _with_cpu_as_cuda(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = clip
+    optimizer.clip_grad_by_total_norm_fp32 = clip
+    mixed = optimizer.Float16OptimizerWithFloat16Params
+    mixed.__init__ = _with_cpu_as_cuda(mixed.__init__)
+
+
+def _random_states_on_cpu() -> None:
+    """random.py:235/248/423/447 keep CUDA random states, and `fork` runs even without dropout."""
+    from megatron.core.tensor_parallel import random as upstream
+
+    class CpuRandomStates(upstream.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = upstream._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+    upstream._CUDA_RNG_STATE_TRACKER = CpuRandomStates()
+    upstream._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    upstream._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    upstream._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    upstream.initialize_rng_tracker = lambda *args, **kwargs: None
+
+
+def _modelopt_exception_safe() -> None:
+    """utils/core_utils.py:383 replaces functions of megatron without try/finally: one failed quantised forward
+    would leave every later model of the process quantised by a dead module."""
+    from modelopt.torch.quantization.plugins import custom
+
+    @contextlib.contextmanager
+    def replace_function(package: Any, name: str, new: Any, og_func_cache_name: str | None = None) -> Iterator[None]:
+        kept_as = og_func_cache_name or "_" + name
+        old = getattr(package, name)
+        setattr(package, kept_as, old)
+        setattr(package, name, new)
+        try:
+            yield
+        finally:
+            setattr(package, name, old)
+            if hasattr(package, kept_as):
+                delattr(package, kept_as)
+
+    custom.replace_function = replace_function
+
+
+def _write_checkpoints_in_process() -> None:
+    """filesystem_async.py starts a manager process (which imports the launch script again) and forks a process with
+    live communication threads for every save. Ours are synchronous: the same writer is called in this process."""
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as upstream
+
+    writer = upstream.FileSystemWriterAsync
+
+    def write(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
+        written: dict[int, Any] = {}
+        for index, bucket in enumerate(buckets):
+            answer: queue.Queue[Any] = queue.Queue()
+            turn: queue.Queue[Any] = queue.Queue()
+            turn.put(index)
+            writer.write_preloaded_data(
+                transforms,
+                local_proc_idx=index,
+                write_bucket=bucket,
+                results_queue=answer,
+                count_queue=turn,
+                use_fsync=True,
+            )
+            _, outcome = answer.get_nowait()
+            if isinstance(outcome, Exception):
+                raise outcome
+            written[index] = outcome
+        results.put(written)
+
+    writer.write_preloaded_data_multiproc = staticmethod(write)
+    upstream._get_write_results_queue = queue.Queue

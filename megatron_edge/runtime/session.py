@@ -1,0 +1,116 @@
+"""Process groups, device and seeds of one job: opened once, torn down once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.runtime import compat
+from megatron_edge.runtime.topology import describe
+
+log = logging.getLogger("megatron_edge")
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where this process stands in the job."""
+
+    plan: ParallelPlan
+    device: torch.device
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.plan.pp - 1
+
+    def on_rank_0(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on rank 0 alone and gives its result to every rank; its failure is everybody's.
+        All ranks call it.
+
+        Raises:
+            OSError, InputError: what `action` raised, on every rank.
+        """
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = action()
+            except (OSError, InputError) as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def agree_any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. All ranks call it."""
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+
+@contextlib.contextmanager
+def open_session(
+    plan: ParallelPlan, *, rank: int, local_rank: int, store: Any, timeout_seconds: int, seed: int
+) -> Iterator[Session]:
+    """Starts NCCL where there is a GPU and gloo otherwise, and Megatron's groups for `plan`. All ranks call it.
+
+    `store` is the rendezvous store of the launch; None for a single process.
+    """
+    compat.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store if store is not None else dist.HashStore(),
+        rank=rank,
+        world_size=plan.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if cuda else None,
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            plan.tp,
+            plan.pp,
+            context_parallel_size=plan.cp,
+            expert_model_parallel_size=plan.ep,
+            distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        )
+        random.seed(seed)
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        log.info("%s, %s, %s; %s", describe(plan), device.type, dist.get_backend(), _accelerators())
+        yield Session(
+            plan=plan,
+            device=device,
+            rank=rank,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+        )
+        dist.barrier()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _accelerators() -> str:
+    found = {name: find_spec(module) is not None for name, module in (("TransformerEngine", "transformer_engine"),)}
+    return "; ".join(f"{name} {'found' if there else 'absent (local layers)'}" for name, there in found.items())

@@ -1,0 +1,110 @@
+"""The training loop: steps, metrics, checkpoints, signals. What a step does is in step.py."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_edge.contracts import StoppedBySignal
+from megatron_edge.runtime.session import Session
+from megatron_edge.train.data import BatchPlan
+from megatron_edge.train.step import StepResult, learning_rate_schedule, train_step
+
+log = logging.getLogger("megatron_edge")
+
+
+class _Stop:
+    """Set by SIGTERM or SIGINT; read between steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.requested = True
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Any,
+    batches: BatchPlan,
+    train: Any,
+    session: Session,
+    *,
+    start_step: int,
+    save: Callable[[int], None],
+    report: Callable[[dict[str, float]], None],
+) -> None:
+    """Trains from `start_step` to `train.steps`. All ranks call it.
+
+    `save(step)` writes a checkpoint of the state after `step` steps; `report` gets each step's metrics once.
+
+    Raises:
+        StoppedBySignal: SIGTERM or SIGINT arrived; the state was saved.
+    """
+    schedule = learning_rate_schedule(optimizer, train)
+    schedule.step(start_step + 1)  # the first step already has a learning rate above zero
+    saved = start_step
+    with _stop_on_signal() as stop:
+        for step in range(start_step, train.steps):
+            began = time.perf_counter()
+            learning_rate = optimizer.param_groups[0]["lr"]
+            result = train_step(model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session)
+            schedule.step(1)
+            report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))
+            done = step + 1
+            stopping = session.agree_any(stop.requested)
+            every = train.checkpoint_every_steps
+            if done == train.steps or stopping or (every and done % every == 0):
+                save(done)
+                saved = done
+            if stopping and done < train.steps:
+                raise StoppedBySignal(f"stopped by a signal after step {saved}; the same command continues there")
+
+
+def _metrics(
+    step: int, result: StepResult, learning_rate: float, seconds: float, session: Session
+) -> dict[str, float]:
+    metrics: dict[str, float] = {
+        "step": step,
+        "loss_nats_per_token": result.loss,
+        "gradient_norm": result.gradient_norm,
+        "learning_rate": learning_rate,
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens / seconds,
+        "step_seconds": seconds,
+    }
+    for rank, used in enumerate(memory_bytes_per_rank(session)):
+        metrics[f"memory_bytes_rank{rank}"] = used
+    return metrics
+
+
+def memory_bytes_per_rank(session: Session) -> list[int]:
+    """Peak device memory of each rank on CUDA, resident memory of its process on CPU. All ranks call it."""
+    if session.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        used = psutil.Process().memory_info().rss
+    mine = torch.tensor([used], dtype=torch.int64, device=session.device)
+    everyone = [torch.zeros_like(mine) for _ in range(session.plan.world_size)]
+    dist.all_gather(everyone, mine)
+    return [int(value) for value in everyone]

@@ -1,0 +1,208 @@
+"""All checks of an artifact in order, written to verify.json and shown as a table.
+
+In: an artifact, the reference of its training, the device's budget; out: a `Verification`. Called by the verify job, which
+raises `VerificationFailed` where it does not hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, sha256_of_file
+from megatron_edge.contracts import Check, DeviceProfile, InputError, MemoryPlan, VerifyReport
+from megatron_edge.verify import behaviour, parity, runtimes
+from megatron_edge.verify.quality import Scores, load_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+logger = logging.getLogger("megatron_edge")
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors")
+BASELINES = ("bf16", "fp32")
+NO_REFERENCE = "not run: no reference of the trained model was given"
+
+
+@dataclass(frozen=True)
+class Verification(VerifyReport):
+    """A `VerifyReport` that also says what could not be checked here, and why: that never counts as passed."""
+
+    not_run: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What was promised. None leaves the check out, and the report says so."""
+
+    device: DeviceProfile | None = None
+    memory: MemoryPlan | None = None
+    max_loss_rise: float | None = None
+
+
+def verify_artifact(
+    artifact_dir: Path,
+    reference_dir: Path | None,
+    limits: Limits,
+    targets: dict[str, Path] | None = None,
+    output: Path | None = None,
+) -> Verification:
+    """Run every check on one process and write verify.json to `output`.
+
+    Args:
+        artifact_dir: canonical artifact.
+        reference_dir: what training wrote of its own model; without it only bytes, budget and targets are checked.
+        targets: name -> directory of the converted targets; None takes those beside the artifact.
+
+    Raises:
+        InputError: a directory is no artifact, or no reference.
+    """
+    reader = ArtifactReader(artifact_dir)
+    integrity = parity.check_integrity(reader)
+    found = runtimes.Findings([integrity])
+    if not integrity.ok:
+        found.not_run["everything else"] = "not run: the artifact itself is damaged"
+    else:
+        reference = None if reference_dir is None else parity.read_reference(reference_dir)
+        _merge(found, _check_model(reader, reference, limits))
+        _merge(found, check_device(reader, limits))
+        _merge(found, _check_targets(reader, reference, runtimes.find_targets(artifact_dir) if targets is None else targets))
+    report = Verification(tuple(found.checks), found.not_run)
+    if output is not None:
+        _write(report, reader, output)
+    return report
+
+
+def _merge(found: runtimes.Findings, more: runtimes.Findings) -> None:
+    found.checks.extend(more.checks)
+    found.not_run.update(more.not_run)
+
+
+def _check_model(reader: ArtifactReader, reference: parity.Reference | None, limits: Limits) -> runtimes.Findings:
+    names = ("trained equals shipped", "logits", "loss", "perplexity")
+    if reference is None:
+        return runtimes.Findings([], dict.fromkeys(names, NO_REFERENCE))
+    logger.info("verify: comparing the artifact's bytes with the trained model's")
+    found = runtimes.Findings(parity.check_trained(reader, reference))
+    logger.info("verify: running the artifact over %d held-out tokens", reference.windows.counted_tokens)
+    model = load_model(reader, reference.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    scores, noise = behaviour.run_artifact(model, reference)
+    found.checks += behaviour.check_behaviour(reader, reference, scores, noise)
+    _merge(found, check_perplexity(reference, scores, limits))
+    return found
+
+
+def check_perplexity(reference: parity.Reference, scores: Scores, limits: Limits) -> runtimes.Findings:
+    """The artifact's loss against the unquantised model's on the same held-out text, and the rise that was declared."""
+    losses = {name: loss for name, loss in (reference.facts.get("losses") or {}).items() if loss is not None}
+    baseline = next((name for name in BASELINES if name in losses), None)
+    if baseline is None or limits.max_loss_rise is None:
+        missing = "reference.json has no unquantised loss" if baseline is None else "no limit was declared"
+        return runtimes.Findings([], {"perplexity": f"not run: {missing}"})
+    rise = scores.nats_per_token - losses[baseline]
+    measured = {**losses, "artifact": scores.nats_per_token}
+    detail = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items()) + " nats/token"
+    return runtimes.Findings(
+        [Check("perplexity", f"rise over {baseline}, nats/token", rise, limits.max_loss_rise, rise <= limits.max_loss_rise, detail)]
+    )
+
+
+def check_device(reader: ArtifactReader, limits: Limits) -> runtimes.Findings:
+    """Bytes against the budget, and formats against what the device's runtime runs."""
+    found = runtimes.Findings()
+    if limits.memory is None:
+        found.not_run["memory"] = "not run: no memory plan was given"
+    else:
+        found.checks.append(_check_memory(reader, limits.memory))
+    if limits.device is None:
+        found.not_run["device"] = "not run: no device was given"
+        return found
+    manifest, device = reader.manifest, limits.device
+    linears = manifest.linears.values()
+    used = {
+        "weight formats": ({linear.format for linear in linears}, device.weight_formats),
+        "activation formats": ({linear.activation for linear in linears} - {"none"}, device.activation_formats),
+        "KV formats": ({manifest.kv.get("format", "none")} - {"none"}, device.kv_formats),
+        "int4 groups": ({linear.group_size for linear in linears if linear.format == "int4"}, device.group_sizes),
+    }
+    for metric, (values, allowed) in used.items():
+        strangers = sorted(str(value) for value in values - set(allowed))
+        shown = ", ".join(sorted(map(str, values))) or "none"
+        detail = f"{device.runtime} on {device.name} does not run {', '.join(strangers)}" if strangers else ""
+        found.checks.append(Check("device", metric, shown, ", ".join(map(str, allowed)), not strangers, detail))
+    return found
+
+
+def _check_memory(reader: ArtifactReader, memory: MemoryPlan) -> Check:
+    weights_bytes = reader.size_bytes()
+    total_bytes = weights_bytes + memory.kv_bytes + memory.activations_bytes + memory.workspace_bytes
+    detail = (
+        f"weights {weights_bytes / 1e6:.1f} MB, KV {memory.kv_bytes / 1e6:.1f} MB (batch {memory.max_batch} x "
+        f"{memory.max_seq_len} tokens), activations {memory.activations_bytes / 1e6:.1f} MB, "
+        f"workspace {memory.workspace_bytes / 1e6:.1f} MB"
+    )
+    fits = total_bytes <= memory.budget_bytes
+    return Check("memory", "bytes on the device", float(total_bytes), float(memory.budget_bytes), fits, detail)
+
+
+def _check_targets(
+    reader: ArtifactReader, reference: parity.Reference | None, targets: dict[str, Path]
+) -> runtimes.Findings:
+    found = runtimes.Findings()
+    if reference is None:
+        return runtimes.Findings([], {f"target {name}": NO_REFERENCE for name in targets})
+    for name, directory in targets.items():
+        logger.info("verify: reading target %s", name)
+        try:
+            _merge(found, runtimes.check_target(reader, name, directory, reference.windows))
+        except (InputError, OSError, KeyError, RuntimeError, ValueError) as error:
+            message = f"{type(error).__name__}: {error}"
+            found.checks.append(Check(f"target {name}", "loads", "failed", "loads", False, message))
+    return found
+
+
+def _write(report: Verification, reader: ArtifactReader, output: Path) -> None:
+    facts = {
+        "ok": report.ok,
+        "artifact": {"directory": str(reader.directory), "manifest_sha256": sha256_of_file(reader.directory / MANIFEST_FILE)},
+        "checks": [dataclasses.asdict(check) for check in report.checks],
+        "not_run": report.not_run,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
+    partial.replace(output)
+
+
+def table(report: Verification) -> Table:
+    """The report for a terminal: one row a check, what did not run below."""
+    from rich.table import Table
+
+    shown = Table("check", "metric", "value", "limit", "result", title="verify", title_justify="left")
+    for check in report.checks:
+        result = "[green]ok" if check.ok else "[red]FAILED"
+        shown.add_row(check.name, check.metric, _number(check.value), _number(check.limit), result)
+        if check.detail:
+            shown.add_row("", f"[dim]{_plain(check.detail)}", "", "", "")
+    for name, reason in report.not_run.items():
+        shown.add_row(name, f"[dim]{_plain(reason)}", "", "", "[yellow]not run")
+    return shown
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    return _plain(str(value))

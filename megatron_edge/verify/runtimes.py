@@ -1,0 +1,123 @@
+"""Other software reads the targets: what it really loads here, and whether it answers as the artifact does.
+
+In: the artifact's reader, target directories, windows; out: checks, and for what cannot run here the reason. Never counts as
+passed what did not run. Called by report.py.
+
+- `compressed_tensors`: transformers + compressed-tensors load and run it (seen with 5.23 and 0.20): int4 and fp8 in float32,
+  because both cast the stored scales to the model's data type; nvfp4 in bfloat16, the only one that it runs in.
+- `hf`: plain transformers.
+- `modelopt`: no runtime without its own GPU reads it, so its bytes are decoded by the layout's rule and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_edge.artifact.store import ArtifactReader, ShardReader
+from megatron_edge.contracts import Check
+from megatron_edge.verify.behaviour import check_logits
+from megatron_edge.verify.parity import failures
+from megatron_edge.verify.quality import Windows, forward, load_model, reordered
+
+RUNTIME_WINDOWS = 1
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass
+class Findings:
+    """Checks that ran, and what did not with the reason."""
+
+    checks: list[Check] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)
+
+
+def find_targets(artifact_dir: Path) -> dict[str, Path]:
+    """Targets lie beside the canonical artifact; each says its name in target_report.json."""
+    reports = sorted(artifact_dir.parent.glob("*/target_report.json"))
+    return {json.loads(report.read_text())["name"]: report.parent for report in reports}
+
+
+def check_target(reader: ArtifactReader, name: str, directory: Path, windows: Windows) -> Findings:
+    """Read one target as its runtime does, on the first windows."""
+    label = f"target {name}"
+    if name == "modelopt":
+        reason = "not run: TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
+        return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})
+    if name not in ("hf", "compressed_tensors"):
+        return Findings([], {label: "not run: no reader of this target is known here"})
+    for package in ("transformers", *(["compressed_tensors"] if name == "compressed_tensors" else [])):
+        if importlib.util.find_spec(package) is None:
+            return Findings([], {label: f"not run: {package} is not installed"})
+    return Findings(_check_transformers(reader, label, name, directory, windows.first(RUNTIME_WINDOWS)))
+
+
+def _check_transformers(
+    reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows
+) -> list[Check]:
+    """Weights as transformers decodes them, and logits, against the artifact in the same data type."""
+    formats_used = {linear.format for linear in reader.manifest.linears.values()}
+    dtype = torch.bfloat16 if name == "hf" or "nvfp4" in formats_used else torch.float32
+    theirs, dtype_name = _load(directory, dtype), str(dtype).removeprefix("torch.")
+    with torch.no_grad():
+        answered = forward(theirs, windows).float()
+    weights = dict(theirs.named_parameters())
+    differing = [
+        f"{linear}.weight: {wrong} of {weights[f'{linear}.weight'].numel()} values"
+        for linear in reader.manifest.linears
+        if (wrong := _differing(weights[f"{linear}.weight"], reader.dequantized(linear, dtype)))
+    ]
+    checks = [failures(label, f"linears that transformers decodes otherwise ({dtype_name})", differing)]
+    carries = name == "compressed_tensors"
+    fp8_cache = carries and reader.manifest.kv.get("format") == "fp8"
+    ours = load_model(reader, dtype, activations=carries, cache=fp8_cache)
+    with torch.no_grad():
+        expected = forward(ours, windows).float()
+        with reordered(ours):
+            noise = forward(ours, windows).float()
+    return checks + check_logits(answered, expected, noise, label)
+
+
+def _load(directory: Path, dtype: torch.dtype) -> Any:
+    """transformers' own loading. Its progress bars and compressed-tensors' go to stderr, which is not theirs here."""
+    import transformers
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
+        model.eval().requires_grad_(False)
+        compressed = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+        if compressed is not None:
+            compressed.decompress_model(model)
+    return model
+
+
+def _differing(theirs: torch.Tensor, ours: torch.Tensor) -> int:
+    return int((theirs.detach().to(ours.dtype).cpu() != ours).sum())
+
+
+def _check_modelopt(reader: ArtifactReader, label: str, directory: Path) -> Check:
+    """Decode by ModelOpt's rule: fp8 weight * weight_scale, nvfp4 e2m1 * (weight_scale * weight_scale_2)."""
+    target, problems = ShardReader(directory), []
+    for name, linear in reader.manifest.linears.items():
+        expected = reader.dequantized(name, torch.float32)
+        codes, scale = target.tensor(f"{name}.weight"), target.tensor(f"{name}.weight_scale").float()
+        if linear.format == "nvfp4":
+            scale = (scale * target.tensor(f"{name}.weight_scale_2")).repeat_interleave(linear.group_size, dim=1)
+            nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).long()
+            values = torch.tensor([*E2M1, *(-value for value in E2M1)])[nibbles]
+        else:
+            values = codes.float()
+        if not torch.equal(values * scale, expected):
+            problems.append(f"{name}.weight")
+        if linear.activation != "none":
+            stored = target.tensor(f"{name}.input_scale")
+            if not torch.equal(stored, reader.tensor(linear.tensors["input_scale"])):
+                problems.append(f"{name}.input_scale")
+    return failures(label, "tensors that decode otherwise by ModelOpt's rule", problems)

@@ -1,0 +1,286 @@
+"""conf/ composes into typed records, strictly; identity and hash; checks across fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from megatron_edge import checks, config
+from megatron_edge.artifact import formats
+from megatron_edge.contracts import InputError, ParallelPlan
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(InputError) as caught:
+        checks.check_config(config.compose(arguments))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("scenario", config.options("scenario"))
+def test_every_scenario_composes_and_passes_its_own_checks(scenario: str) -> None:
+    composed = config.compose([f"+scenario={scenario}"])
+    checks.check_config(composed)
+    assert composed.scenario == scenario
+    assert re.fullmatch(rf"runs/{scenario}-[0-9a-f]{{10}}", composed.run_dir)
+    overlay = yaml.safe_load((config.CONF_DIR / "scenario" / f"{scenario}.yaml").read_text())
+    assert any("override /device" in choice for choice in overlay["defaults"]), "a scenario names its device"
+
+
+@pytest.mark.parametrize("group", [*config.GROUPS])
+def test_every_option_composes(group: str) -> None:
+    for option in config.options(group):
+        extra = ["model.source=/somewhere"] if (group, option) == ("model", "custom") else []
+        assert getattr(config.compose([f"{group}={option}", *extra]), group) is not None
+
+
+def test_scenarios_are_those_promised() -> None:
+    gateway, thor, vehicle, sm89 = (
+        config.compose([f"+scenario={name}"]) for name in ("gateway", "gateway_thor", "vehicle", "vehicle_sm89")
+    )
+    assert (gateway.quant.weight, gateway.quant.activation, gateway.kv.format) == ("nvfp4", "none", "int8")
+    assert (gateway.device.runtime, gateway.device.memory_bytes) == ("llama.cpp", 2 * 1024**3)
+    assert gateway.export.max_batch_size == 1
+    assert (thor.quant.weight, thor.quant.activation, thor.kv.format) == ("nvfp4", "nvfp4", "fp8")
+    for run, kv in ((vehicle, "int8"), (sm89, "fp8")):
+        assert (run.quant.weight, run.quant.activation, run.quant.algorithm) == ("int4", "none", "awq")
+        assert (run.quant.group_size, run.quant.calib_size, run.kv.format) == (128, 256, kv)
+        assert (run.export.max_batch_size, run.export.max_seq_len) == (4, 512)
+    assert (vehicle.device.power_w, vehicle.device.memory_bytes) == (10, 8 * 1024**3)
+
+
+def test_every_preset_of_the_device_group_names_formats_that_exist() -> None:
+    for name, device in checks.presets("device").items():
+        assert set(device["weight_formats"]) <= {"none", *formats.WEIGHT_FORMATS}, name
+        assert set(device["activation_formats"]) <= {"none", *formats.ACTIVATION_FORMATS}, name
+        assert set(device["kv_formats"]) <= {"none", *formats.KV_FORMATS}, name
+        assert device["source"] and device["name"] == name
+
+
+def test_the_command_line_wins_over_the_scenario() -> None:
+    composed = config.compose(["quant=int4", "+scenario=gateway", "export.max_seq_len=77"])
+    assert (composed.quant.name, composed.export.max_seq_len, composed.kv.name) == ("int4", 77, "int8")
+    assert config.compose(["scenario=gateway"]) == config.compose(["+scenario=gateway"])
+
+
+def test_leaves_that_follow_from_others() -> None:
+    composed = config.compose(["train.steps=57", "train.learning_rate=1e-3"])
+    assert (composed.train.warmup_steps, composed.train.min_learning_rate) == (5, 1e-4)
+    assert composed.export.targets == ["modelopt", "compressed_tensors"]
+    assert config.compose(["quant=int4"]).export.targets == ["compressed_tensors"]
+    assert config.compose(["quant=none"]).export.targets == ["hf"]
+    assert config.compose(["model.source=/a/b"]).model.name == "custom"
+    assert config.compose(["train=ptq"]).train.steps == 0
+
+
+def test_yaml_round_trip_is_exact() -> None:
+    composed = config.compose(["+scenario=vehicle", "train.learning_rate=1.234567e-05", "data.train='a b: {c}, #d'"])
+    assert composed.data.train == "a b: {c}, #d"
+    assert config.from_yaml(config.to_yaml(composed)) == composed
+    for text in ("", "[1]", "model: {", "model: 3"):
+        with pytest.raises(InputError):
+            config.from_yaml(text)
+
+
+def test_from_hydra_refuses_unknown_keys_at_any_depth() -> None:
+    plain = yaml.safe_load(config.to_yaml(config.compose([])))
+    for path in (("extra",), ("train", "extra"), ("device", "extra")):
+        data = yaml.safe_load(config.to_yaml(config.compose([])))
+        inner = data
+        for key in path[:-1]:
+            inner = inner[key]
+        inner["extra"] = 1
+        with pytest.raises(InputError, match=re.escape(".".join(path)) + ": unknown"):
+            config.from_hydra(OmegaConf.create(data))
+    del plain["train"]["seed"]
+    with pytest.raises(InputError, match=r"train\.seed: no value"):
+        config.from_hydra(OmegaConf.create(plain))
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("+scenario=gatway", ("scenario=gatway", "did you mean 'gateway'", "vehicle_sm89")),
+        ("train.stepz=3", ("train.stepz: unknown", "did you mean 'train.steps'")),
+        ("+train.stepz=3", ("train.stepz: unknown", "did you mean 'train.steps'")),
+        ("trian.steps=3", ("trian.steps: unknown", "did you mean 'train'")),
+        ("quant=nvfp5", ("quant=nvfp5", "did you mean 'nvfp4'", "int4_awq")),
+        ("quant=[fp8]", ("quant=", "allowed")),
+        ("train.precision=bf61", ("train.precision='bf61'", "bf16, fp32", "did you mean 'bf16'")),
+        ("train.steps=three", ("train.steps='three'", "whole number")),
+        ("train.steps=2.5", ("train.steps=2.5", "whole number")),
+        ("train.steps=true", ("train.steps=True", "whole number")),
+        ("train.steps=-1", ("train.steps=-1", "at least 0")),
+        ("train.learning_rate=nan", ("train.learning_rate=nan", "finite number")),
+        ("train.seq_length_tokens=1", ("train.seq_length_tokens=1", "at least 2")),
+        ("parallel.sequence=1", ("parallel.sequence=1", "true or false")),
+        ("data.heldout_fraction=1.5", ("data.heldout_fraction=1.5", "at most 0.9")),
+        ("model.source=''", ("model.source=''", "not empty")),
+        ("model=custom", ("model.source: no value",)),
+        ("export.targets=modelopt", ("export.targets='modelopt'", "a list")),
+        ("export.targets=[tensorrt]", ("export.targets[0]='tensorrt'", "compressed_tensors")),
+        ("train.seed=1,2", ("train.seed=1,2", "-m")),
+        ("train.steps", ("'train.steps' is not of the form key=value",)),
+        ("~train.steps", ("~train.steps", "key=value")),
+        ("resume=perhaps", ("resume='perhaps'", "auto, never, must")),
+        ("parallel.expert=2", ("parallel.expert=2", "allowed is 1")),
+        ("parallel.context=2", ("parallel.context=2", "allowed is 1")),
+        ("parallel.sequence=true", ("parallel.sequence=true", "parallel.tensor")),
+        ("quant.group_size=32", ("quant.group_size=32", "16 with quant.weight=nvfp4")),
+        ("quant.algorithm=awq", ("quant.algorithm='awq'", "max with quant.weight=nvfp4")),
+        ("quant.activation=fp8", ("quant.activation='fp8'", "none or nvfp4")),
+        ("train.min_learning_rate=1", ("train.min_learning_rate=1.0", "at most")),
+    ],
+)
+def test_one_wrong_argument_is_one_line_that_names_what_is_allowed(argument: str, words: tuple[str, ...]) -> None:
+    message = refusal(argument)
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("+scenario=gateway", "quant=fp8"), ("device=board_2gb", "does not run it", "the nearest is quant=int4_awq")),
+        (("+scenario=gateway", "quant=nvfp4"), ("activation=nvfp4", "the nearest is quant=nvfp4_w4a16")),
+        (("+scenario=vehicle", "quant=nvfp4_w4a16"), ("device=orin_nano_8gb", "the nearest is quant=int4_awq")),
+        (("+scenario=vehicle", "kv=fp8"), ("kv.format=fp8", "the nearest is kv=int8")),
+        (("device=jetson_thor", "kv=int8"), ("kv.format=int8", "the nearest is kv=fp8")),
+        (("device=orin_nano_8gb_edgellm", "quant=int4", "quant.group_size=64"), ("group_size=64", "quant=int4")),
+        (("quant=int4", "export.targets=[modelopt]"), ("modelopt cannot carry", "compressed_tensors")),
+        (("train=ptq", "train.steps=5"), ("train.steps=5", "train.mode=ptq")),
+    ],
+)
+def test_impossible_combinations_name_the_nearest_that_works(
+    arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    message = refusal(*arguments)
+    for word in words:
+        assert word in message, message
+
+
+def test_the_nearest_preset_really_runs() -> None:
+    for scenario in config.options("scenario"):
+        for quant in config.options("quant"):
+            try:
+                checks.check_config(config.compose([f"+scenario={scenario}", f"quant={quant}"]))
+            except InputError as error:
+                nearest = str(error).rsplit("quant=", 1)[1]
+                checks.check_config(config.compose([f"+scenario={scenario}", f"quant={nearest}"]))
+
+
+def test_batches_must_be_whole() -> None:
+    composed = config.compose(["train.global_batch=6", "train.micro_batch=2"])
+    checks.check_batches(composed, ParallelPlan(dp=3, world_size=3))
+    with pytest.raises(InputError, match=r"train\.global_batch=6: .* 2 x 2 = 4"):
+        checks.check_batches(composed, ParallelPlan(dp=2, world_size=2))
+
+
+def test_hash_and_identity_follow_what_decides_the_result() -> None:
+    base = config.compose(["+scenario=gateway"])
+    assert config.config_hash(base) == config.config_hash(config.compose(["+scenario=gateway"]))
+    for same in (
+        "parallel.pipeline=2",
+        "threads=1",
+        "resume=never",
+        "run_dir=x",
+        "train.log_every_steps=5",
+        "device=x86_laptop",
+    ):
+        other = config.compose(["+scenario=gateway", same])
+        assert config.config_hash(other) == config.config_hash(base), same
+        config.check_same_run(base, other)
+    for different in (
+        "train.seed=2",
+        "train.steps=21",
+        "quant=int4",
+        "kv=none",
+        "model.source=/m",
+        "data.eval_tokens=64",
+    ):
+        other = config.compose(["+scenario=gateway", different])
+        assert config.config_hash(other) != config.config_hash(base), different
+        with pytest.raises(InputError, match=re.escape(different.split("=")[0])):
+            config.check_same_run(base, other)
+
+
+def test_jobs_that_read_a_run_start_from_its_own_configuration(tmp_path: Path) -> None:
+    saved = config.compose(["+scenario=vehicle", "train.seed=5", "parallel.pipeline=2", f"run_dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(saved))
+    for name in ("run_dir", "reference"):
+        read = config.compose_over_run([f"{name}={tmp_path}", "export.targets=[hf]", "device=x86_laptop"])
+        assert (read.train, read.quant, read.run_dir) == (saved.train, saved.quant, str(tmp_path))
+        assert (read.export.targets, read.device.name, read.parallel.pipeline) == (["hf"], "x86_laptop", 1)
+        assert dataclasses.replace(read.export, targets=[]) == dataclasses.replace(saved.export, targets=[])
+    assert config.compose_over_run(["artifact=/a"]) == config.compose(["artifact=/a"])
+    for argument in ("train.seed=6", "quant=fp8", "+scenario=gateway"):
+        with pytest.raises(InputError, match=r"seed|quant|scenario"):
+            config.compose_over_run([f"run_dir={tmp_path}", argument])
+    with pytest.raises(InputError, match=r"run_dir='/nowhere'"):
+        config.compose_over_run(["run_dir=/nowhere"])
+
+
+def test_sweeps_expand_as_hydra_writes_them() -> None:
+    assert config.sweep(["train.seed=range(1,3)", "+scenario=gateway", "quant=int4,fp8"]) == [
+        ["train.seed=1", "+scenario=gateway", "quant=int4"],
+        ["train.seed=1", "+scenario=gateway", "quant=fp8"],
+        ["train.seed=2", "+scenario=gateway", "quant=int4"],
+        ["train.seed=2", "+scenario=gateway", "quant=fp8"],
+    ]
+    with pytest.raises(InputError, match="nvfp5"):
+        config.sweep(["quant=int4,nvfp5"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "words"),
+    [
+        (("parallel.tensor=2",), {}, ("parallel.tensor=2", "num_attention_heads=9", "allowed for this model: 1, 3")),
+        (("parallel.pipeline=4",), {}, ("parallel.pipeline=4", "num_hidden_layers=30", "1, 2, 3, 5, 6")),
+        (("train.seq_length_tokens=9000",), {}, ("train.seq_length_tokens=9000", "max_position_embeddings=8192")),
+        (("quant=int4",), {"hidden_size": 600}, ("quant.group_size=128", "in_features=600")),
+        (("quant=nvfp4",), {"intermediate_size": 1540}, ("quant.group_size=16", "down_proj")),
+        (
+            ("quant=nvfp4_w4a16", "device=board_2gb"),
+            {"intermediate_size": 1552},
+            ("llama.cpp", "64 weights", "down_proj"),
+        ),
+        (
+            ("quant=int4", "parallel.tensor=2"),
+            {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 1664},
+            ("parallel.tensor=2", "down_proj", "1664/2 = 832", "group of 128"),
+        ),
+        (("quant=int4", "device=orin_nano_8gb_edgellm"), {}, ("quant.group_size=128", "groups of 64", "[128]")),
+        (("kv=int8",), {"head_dim": 48}, ("kv.format=int8", "head_dim=48")),
+    ],
+)
+def test_model_sizes_are_checked_before_anything_is_built(
+    arguments: tuple[str, ...], sizes: dict[str, int], words: tuple[str, ...]
+) -> None:
+    checks.check_model_dims(config.compose([]), SMOLLM2)
+    with pytest.raises(InputError) as caught:
+        checks.check_model_dims(config.compose(arguments), {**SMOLLM2, **sizes})
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_layouts_that_the_model_allows_pass() -> None:
+    for layout in (("parallel.tensor=3",), ("parallel.pipeline=2",), ("parallel.tensor=3", "parallel.pipeline=5")):
+        for quant in config.options("quant"):
+            checks.check_model_dims(config.compose([*layout, f"quant={quant}"]), SMOLLM2)
