@@ -27,17 +27,16 @@ def divide(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
 def lossless_scale(scale: Tensor) -> Tensor:
     """fp16 or fp32 scales -> the nearest ones, walking down, that pass the conditions of `snap_amax`."""
     integer, step = (torch.int16, 1) if scale.dtype == torch.float16 else (torch.int32, 1 << 11)
-    bits = scale.contiguous().view(integer)
-    walk = torch.arange(0, 16 * step, step, dtype=integer, device=scale.device)
-    # Bit patterns of positive floats are ordered as the floats are, so integer steps are steps in the last place.
-    candidates = ((bits & -step).unsqueeze(-1) - walk).clamp_(min=step).view(scale.dtype)
-    value = candidates.float()
-    inverse = value.reciprocal()
-    lossless = (value * 7.0).reciprocal() * 7.0 == inverse
-    for level in (1.0, 3.0, 5.0, 7.0):
-        lossless &= torch.full_like(value, level) / inverse == value * level
-    first = lossless.to(torch.uint8).argmax(-1, keepdim=True)
-    return candidates.gather(-1, first).squeeze(-1)
+    # Bit patterns of positive floats are ordered as the floats are: an integer step is one in the last place kept.
+    bits = scale.contiguous().view(integer) & -step
+    for _ in range(9):  # no run of lossy scales is longer
+        value = bits.view(scale.dtype).float()
+        inverse = value.reciprocal()
+        lossy = (value * 7.0).reciprocal() * 7.0 != inverse
+        for level in (1.0, 3.0, 5.0, 7.0):
+            lossy |= divide(level, inverse) != value * level
+        bits = bits - lossy.to(integer) * step
+    return bits.view(scale.dtype)
 
 
 def round_to_float(x: Tensor, largest: float, smallest_normal: float, mantissa_bits: int) -> Tensor:

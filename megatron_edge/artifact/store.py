@@ -62,7 +62,7 @@ class ShardWriter:
         return stored
 
     def finish(self, metadata: dict[str, str]) -> dict[str, str]:
-        """Writes the last shard and the index; returns the shard file of each tensor. `metadata` goes into the index."""
+        """Writes the last shard and the index; returns the shard of each tensor. `metadata` goes into the index."""
         if self._pending or not self._shards:
             self._flush()
         file_of: dict[str, str] = {}

@@ -21,12 +21,9 @@ from megatron_edge.quantize.state import PREFIX, amax_keys
 
 log = logging.getLogger("megatron_edge")
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-
-
 @dataclass
 class Compressed:
-    """What was written, as the manifest will say it."""
+    """What was written, as the manifest will say it; `dtype` is the one that the model was trained in."""
 
     linears: dict[str, LinearEntry]
     kv: dict[str, Any]
@@ -51,7 +48,7 @@ def compress(checkpoint: Path, writer: ArtifactWriter, hf_config: dict, plan: Qu
         chosen = rule_for(rule.pattern.removesuffix(".weight"), plan)
         if chosen is None or chosen.weight == "none":
             for name, tensor in cut(whole, rule, dims).items():
-                writer.add(name, tensor, DTYPE_NAMES[tensor.dtype])
+                writer.add(name, tensor.to(torch.bfloat16), "bf16")
         else:
             for name, entry in _encode_linear(source, rule, whole, dims, chosen, writer):
                 done.linears[name] = entry

@@ -173,8 +173,12 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
 
 def _evaluate(run: _Run, model: nn.Module, what: str) -> float:
     loss = step.evaluate(model, run.heldout, run.session)
-    log.info("held-out loss, %s: %.4f nats/token (perplexity %.2f)", what, loss, torch.tensor(loss).exp())
+    _log_loss(what, loss)
     return loss
+
+
+def _log_loss(what: str, loss: float) -> None:
+    log.info("held-out loss, %s: %.4f nats/token (perplexity %.2f)", what, loss, torch.tensor(loss).exp())
 
 
 def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn.Module:
@@ -227,7 +231,7 @@ def _save(run: _Run, at: int, model: nn.Module, optimizer: Any | None) -> None:
 
 def _write_reference(run: _Run, model: nn.Module) -> None:
     """The trained model's own word, for verify; all ranks call it."""
-    run.losses["trained"] = _evaluate(run, model, "trained")
-    reference.write_reference(
+    loss = reference.write_reference(
         run.directory / "reference", model, run.source.hf_config, run.plan, run.session, run.heldout, run.losses
     )
+    _log_loss("trained", loss)

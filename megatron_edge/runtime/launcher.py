@@ -102,15 +102,17 @@ def launch(
 
         def compose() -> str:
             _check_flags(flags, processes)
-            return _compose(arguments, processes, reads_run, trains, any_world)
+            return _compose(arguments, processes, prepare, reads_run, trains, any_world)
 
         text = _share(store, processes, compose)
         config = configuration.from_yaml(text)
         plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
         threads = _set_threads(config.threads, processes)
         log.setup(processes.rank, processes.world_size).info(
-            "run_dir %s  config %s  %d CPU thread(s) in each of %d process(es)",
-            *(config.run_dir, configuration.config_hash(config), threads, processes.world_size),
+            "run_dir %s  %d CPU thread(s) in each of %d process(es)",
+            config.run_dir,
+            threads,
+            processes.world_size,
         )
         code = job(config, Launch(**vars(processes), threads=threads, plan=plan, store=store))
     except SystemExit:

@@ -36,6 +36,16 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+@torch.no_grad()
+def round_unquantised(model: nn.Module) -> None:
+    """Rounds what no weight quantizer covers (embeddings, norms) to bf16, in place: the artifact stores it so, and the
+    model that is measured shall be the one that is shipped. A model trained in bf16 does not change."""
+    quantizers = enabled_quantizers(model)
+    for name, param in named_shards(model).items():
+        if name.removesuffix(".weight") + ".weight_quantizer" not in quantizers:
+            param.data.copy_(param.data.to(torch.bfloat16))
+
+
 def write_reference(
     directory: Path,
     model: nn.Module,
@@ -44,11 +54,16 @@ def write_reference(
     session: Session,
     batches: list[Batch],
     losses: dict[str, float],
-) -> None:
+) -> float:
     """Writes `directory`/reference.json and reference.safetensors. All ranks call it; rank 0 writes.
 
-    `batches` are held-out micro-batches of equal size; `losses` are the evaluations so far, in nats per token.
+    `batches` are held-out micro-batches of equal size; `losses` are the evaluations so far, in nats per token, to which
+    this adds "trained".
+
+    Returns:
+        That loss, equal on all ranks.
     """
+    round_unquantised(model)
     dtype = next(model.parameters()).dtype
     mine: dict[str, Any] = {"weights": [], "activations": {}, "kv": {}}
     if session.dp_rank == 0:
@@ -60,11 +75,24 @@ def write_reference(
     logits = token_logits(model, logit_batches, session)
     speaks = session.is_last_stage and session.tp_rank == 0 and session.dp_rank == 0
     mine["nll"], mine["logits"] = (nll, logits) if speaks else (None, None)
+    losses["trained"] = _mean_loss(nll if speaks else None, batches, session)
     gathered: list[Any] = [None] * session.plan.world_size
     dist.gather_object(mine, gathered if session.rank == 0 else None, dst=0)
     if session.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory, gathered, batches, dtype, plan, losses)
+    return losses["trained"]
+
+
+def _mean_loss(nll: Tensor | None, batches: list[Batch], session: Session) -> float:
+    """Mean over counted tokens of the one rank that has `nll`, on every rank."""
+    total = torch.zeros((), dtype=torch.float64)
+    counted = torch.cat([batch.loss_mask for batch in batches])
+    if nll is not None:
+        total += nll.double()[counted].sum()
+    total = total.to(session.device)
+    dist.all_reduce(total)
+    return float(total) / max(int(counted.sum()), 1)
 
 
 def _write(

@@ -21,6 +21,8 @@ from megatron_edge.contracts import Check, InputError
 from megatron_edge.verify.quality import Windows
 
 NAMED_IN_DETAIL = 8
+CODES, SCALES, VALUES = "codes that differ", "scales that differ", "dequantised values that differ"
+SLICES = "parts that no trained shard covers, or none shipped"
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,15 @@ def check_integrity(reader: ArtifactReader) -> Check:
 
 def check_trained(reader: ArtifactReader, reference: Reference) -> list[Check]:
     """Trained equals shipped, slice by slice: every shard that training held against the same part of the artifact."""
-    differing: dict[str, list[str]] = {"codes": [], "scales": [], "dequantised values": [], "slices": []}
+    differing: dict[str, list[str]] = {CODES: [], SCALES: [], VALUES: [], SLICES: []}
     slices = defaultdict(list)
     for entry in reference.facts["weights"]:
         slices[_shipped_name(reader, entry["tensor"])].append(entry)
     for name, entries in slices.items():
         _compare_tensor(reader, name, entries, reference.dtype, differing)
     for name in sorted(_weights(reader) - set(slices)):
-        differing["slices"].append(f"{name}: in the artifact, but in no trained shard")
-    checks = [
-        failures("trained equals shipped", f"{what} that differ" if what != "slices" else "gaps and strangers", named)
-        for what, named in differing.items()
-    ]
+        differing[SLICES].append(f"{name}: in the artifact, but in no trained shard")
+    checks = [failures("trained equals shipped", what, named) for what, named in differing.items()]
     checks.append(failures("trained equals shipped", "input scales that differ", _input_scales(reader, reference)))
     checks.append(failures("trained equals shipped", "KV scales that differ", _kv_scales(reader, reference)))
     return checks
@@ -112,7 +111,7 @@ def _compare_tensor(
         encoded, values = None, reader.tensor(name).to(dtype)
         shape = tuple(values.shape)
     else:
-        differing["slices"].append(f"{name}: trained, but not in the artifact")
+        differing[SLICES].append(f"{name}: trained, but not in the artifact")
         return
     spans = []
     for entry in entries:
@@ -121,12 +120,12 @@ def _compare_tensor(
         spans.append((rows, cols))
         part = values[rows[0] : rows[1], cols[0] : cols[1]] if len(shape) == 2 else values[rows[0] : rows[1]]
         if sha256_of_tensor(part) != entry["dequantized_sha256"]:
-            differing["dequantised values"].append(label)
+            differing[VALUES].append(label)
         if encoded is not None:
             _compare_encoding(encoded, entry, rows, cols, label, differing)
         elif entry.get("codes_sha256"):
-            differing["codes"].append(f"{label}: trained as {entry['format']}, shipped unquantised")
-    differing["slices"].extend(f"{name}: {gap}" for gap in uncovered(shape, spans))
+            differing[CODES].append(f"{label}: trained as {entry['format']}, shipped unquantised")
+    differing[SLICES].extend(f"{name}: {gap}" for gap in uncovered(shape, spans))
 
 
 def _compare_encoding(
@@ -139,20 +138,20 @@ def _compare_encoding(
 ) -> None:
     trained, shipped = (entry["format"], entry.get("group_size") or 0), (encoded.format, encoded.group_size)
     if trained[0] != shipped[0] or (shipped[1] and trained[1] != shipped[1]):
-        differing["codes"].append(f"{label}: trained as {trained}, shipped as {shipped} (format, group size)")
+        differing[CODES].append(f"{label}: trained as {trained}, shipped as {shipped} (format, group size)")
         return
     codes = formats.unpacked_codes(encoded)[rows[0] : rows[1], cols[0] : cols[1]]
     if sha256_of_tensor(codes) != entry["codes_sha256"]:
-        differing["codes"].append(label)
+        differing[CODES].append(label)
     scale = encoded.scale
     if scale.dim() == 2:
         group = encoded.group_size
         scale = scale[rows[0] : rows[1], cols[0] // group : cols[1] // group]
     if sha256_of_tensor(scale) != entry["scale_sha256"]:
-        differing["scales"].append(label)
+        differing[SCALES].append(label)
     stored = None if encoded.global_scale is None else float(encoded.global_scale)
     if stored != entry.get("global_scale"):
-        differing["scales"].append(f"{label}: global scale {stored}, trained with {entry.get('global_scale')}")
+        differing[SCALES].append(f"{label}: global scale {stored}, trained with {entry.get('global_scale')}")
 
 
 def _span(entry: dict[str, Any], shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import InputError
+from megatron_edge.log import track
 
 ATTENTION = "megatron_edge_quantised_cache"
 TOKENS_PER_FORWARD = 1024
@@ -84,7 +85,8 @@ def score(model: torch.nn.Module, windows: Windows, keep_logits: int) -> Scores:
     device = next(model.parameters()).device
     losses, kept = [], []
     per_forward = max(1, TOKENS_PER_FORWARD // windows.tokens.shape[1])
-    for begin in range(0, len(windows), per_forward):
+    begins = range(0, len(windows), per_forward)
+    for begin in track(begins, "running the model", len(begins)):
         part = windows.slice(begin, begin + per_forward)
         logits = forward(model, part).float()
         targets = part.tokens.to(device).roll(-1, dims=1)
@@ -208,15 +210,16 @@ def _attention(
 
 
 @contextmanager
-def reordered(model: torch.nn.Module) -> Iterator[None]:
+def reordered(model: torch.nn.Module, cut: float = 0.5) -> Iterator[None]:
     """Same mathematics, other order of roundings: what two right implementations differ by.
 
-    Linears sum their inputs in two halves (as tensor parallelism does), attention runs unfused, norms fused.
+    Linears sum their inputs in two parts (as tensor parallelism does), of which the first is `cut` of them; attention runs
+    unfused, norms fused.
     """
     changed = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.forward = _halves(module)
+            module.forward = _in_two_parts(module, int(cut * module.in_features))
             changed.append(module)
         elif type(module).__name__.endswith("RMSNorm"):
             module.forward = _fused_norm(module)
@@ -233,11 +236,9 @@ def reordered(model: torch.nn.Module) -> Iterator[None]:
                 module.core = "sdpa"
 
 
-def _halves(linear: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+def _in_two_parts(linear: torch.nn.Linear, at: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def run(x: torch.Tensor) -> torch.Tensor:
-        half = linear.in_features // 2
-        first = F.linear(x[..., :half], linear.weight[:, :half], linear.bias)
-        return first + F.linear(x[..., half:], linear.weight[:, half:])
+        return F.linear(x[..., :at], linear.weight[:, :at], linear.bias) + F.linear(x[..., at:], linear.weight[:, at:])
 
     return run
 

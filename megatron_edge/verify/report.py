@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +29,18 @@ logger = logging.getLogger("megatron_edge")
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors")
 BASELINES = ("bf16", "fp32")
-NO_REFERENCE = "not run: no reference of the trained model was given"
+NO_REFERENCE = "no reference of the trained model was given"
 
 
 @dataclass(frozen=True)
 class Verification(VerifyReport):
-    """A `VerifyReport` that also says what could not be checked here, and why: that never counts as passed."""
+    """A `VerifyReport` that also says what could not be checked here, and why: that never counts as passed.
+
+    `losses` are nats per token on the reference's held-out text: what training measured, and `artifact`.
+    """
 
     not_run: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,13 @@ def verify_artifact(
     integrity = parity.check_integrity(reader)
     found = runtimes.Findings([integrity])
     if not integrity.ok:
-        found.not_run["everything else"] = "not run: the artifact itself is damaged"
+        found.not_run["everything else"] = "the artifact itself is damaged"
     else:
         reference = None if reference_dir is None else parity.read_reference(reference_dir)
         _merge(found, _check_model(reader, reference, limits))
         _merge(found, check_device(reader, limits))
         _merge(found, _check_targets(reader, reference, runtimes.find_targets(artifact_dir) if targets is None else targets))
-    report = Verification(tuple(found.checks), found.not_run)
+    report = Verification(tuple(found.checks), found.not_run, found.losses)
     if output is not None:
         _write(report, reader, output)
     return report
@@ -83,6 +88,7 @@ def verify_artifact(
 def _merge(found: runtimes.Findings, more: runtimes.Findings) -> None:
     found.checks.extend(more.checks)
     found.not_run.update(more.not_run)
+    found.losses.update(more.losses)
 
 
 def _check_model(reader: ArtifactReader, reference: parity.Reference | None, limits: Limits) -> runtimes.Findings:
@@ -93,36 +99,37 @@ def _check_model(reader: ArtifactReader, reference: parity.Reference | None, lim
     found = runtimes.Findings(parity.check_trained(reader, reference))
     logger.info("verify: running the artifact over %d held-out tokens", reference.windows.counted_tokens)
     model = load_model(reader, reference.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    scores, noise = behaviour.run_artifact(model, reference)
-    found.checks += behaviour.check_behaviour(reader, reference, scores, noise)
-    _merge(found, check_perplexity(reference, scores, limits))
+    run = behaviour.run_artifact(model, reference.windows, reference.logits.shape[0])
+    found.checks += behaviour.check_behaviour(reader, reference, run)
+    _merge(found, check_perplexity(reference, run.scores, limits))
     return found
 
 
 def check_perplexity(reference: parity.Reference, scores: Scores, limits: Limits) -> runtimes.Findings:
     """The artifact's loss against the unquantised model's on the same held-out text, and the rise that was declared."""
     losses = {name: loss for name, loss in (reference.facts.get("losses") or {}).items() if loss is not None}
+    found = runtimes.Findings(losses={**losses, "artifact": scores.nats_per_token})
     baseline = next((name for name in BASELINES if name in losses), None)
     if baseline is None or limits.max_loss_rise is None:
         missing = "reference.json has no unquantised loss" if baseline is None else "no limit was declared"
-        return runtimes.Findings([], {"perplexity": f"not run: {missing}"})
+        found.not_run["perplexity"] = missing
+        return found
     rise = scores.nats_per_token - losses[baseline]
-    measured = {**losses, "artifact": scores.nats_per_token}
-    detail = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items()) + " nats/token"
-    return runtimes.Findings(
-        [Check("perplexity", f"rise over {baseline}, nats/token", rise, limits.max_loss_rise, rise <= limits.max_loss_rise, detail)]
-    )
+    detail = ", ".join(f"{name} {loss:.4f}" for name, loss in found.losses.items()) + " nats/token"
+    metric, ok = f"rise over {baseline}, nats/token", rise <= limits.max_loss_rise
+    found.checks.append(Check("perplexity", metric, rise, limits.max_loss_rise, ok, detail))
+    return found
 
 
 def check_device(reader: ArtifactReader, limits: Limits) -> runtimes.Findings:
     """Bytes against the budget, and formats against what the device's runtime runs."""
     found = runtimes.Findings()
     if limits.memory is None:
-        found.not_run["memory"] = "not run: no memory plan was given"
+        found.not_run["memory"] = "no memory plan was given"
     else:
         found.checks.append(_check_memory(reader, limits.memory))
     if limits.device is None:
-        found.not_run["device"] = "not run: no device was given"
+        found.not_run["device"] = "no device was given"
         return found
     manifest, device = reader.manifest, limits.device
     linears = manifest.linears.values()
@@ -174,6 +181,7 @@ def _write(report: Verification, reader: ArtifactReader, output: Path) -> None:
         "artifact": {"directory": str(reader.directory), "manifest_sha256": sha256_of_file(reader.directory / MANIFEST_FILE)},
         "checks": [dataclasses.asdict(check) for check in report.checks],
         "not_run": report.not_run,
+        "losses_nats_per_token": report.losses,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     partial = output.with_suffix(".partial")
@@ -182,17 +190,16 @@ def _write(report: Verification, reader: ArtifactReader, output: Path) -> None:
 
 
 def table(report: Verification) -> Table:
-    """The report for a terminal: one row a check, what did not run below."""
+    """The report for a terminal: one row a check, with what it found below its name; then what did not run."""
     from rich.table import Table
 
-    shown = Table("check", "metric", "value", "limit", "result", title="verify", title_justify="left")
+    shown = Table("check", "value", "limit", "", title="verify", title_justify="left")
     for check in report.checks:
+        detail = f"\n[dim]{_plain(check.detail)}[/]" if check.detail else ""
         result = "[green]ok" if check.ok else "[red]FAILED"
-        shown.add_row(check.name, check.metric, _number(check.value), _number(check.limit), result)
-        if check.detail:
-            shown.add_row("", f"[dim]{_plain(check.detail)}", "", "", "")
+        shown.add_row(f"{check.name}: {check.metric}{detail}", _number(check.value), _number(check.limit), result)
     for name, reason in report.not_run.items():
-        shown.add_row(name, f"[dim]{_plain(reason)}", "", "", "[yellow]not run")
+        shown.add_row(f"{name}\n[dim]{_plain(reason)}[/]", "", "", "[yellow]not run")
     return shown
 
 
@@ -203,6 +210,6 @@ def _plain(text: str) -> str:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
     return _plain(str(value))

@@ -23,9 +23,9 @@ import torch
 
 from megatron_edge.artifact.store import ArtifactReader, ShardReader
 from megatron_edge.contracts import Check
-from megatron_edge.verify.behaviour import check_logits
+from megatron_edge.verify.behaviour import check_logits, run_artifact
 from megatron_edge.verify.parity import failures
-from megatron_edge.verify.quality import Windows, forward, load_model, reordered
+from megatron_edge.verify.quality import Windows, forward, load_model
 
 RUNTIME_WINDOWS = 1
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -33,10 +33,11 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass
 class Findings:
-    """Checks that ran, and what did not with the reason."""
+    """Checks that ran, what did not with the reason, and the losses measured on the way."""
 
     checks: list[Check] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 def find_targets(artifact_dir: Path) -> dict[str, Path]:
@@ -49,13 +50,13 @@ def check_target(reader: ArtifactReader, name: str, directory: Path, windows: Wi
     """Read one target as its runtime does, on the first windows."""
     label = f"target {name}"
     if name == "modelopt":
-        reason = "not run: TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
+        reason = "TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
         return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})
     if name not in ("hf", "compressed_tensors"):
-        return Findings([], {label: "not run: no reader of this target is known here"})
+        return Findings([], {label: "no reader of this target is known here"})
     for package in ("transformers", *(["compressed_tensors"] if name == "compressed_tensors" else [])):
         if importlib.util.find_spec(package) is None:
-            return Findings([], {label: f"not run: {package} is not installed"})
+            return Findings([], {label: f"{package} is not installed"})
     return Findings(_check_transformers(reader, label, name, directory, windows.first(RUNTIME_WINDOWS)))
 
 
@@ -78,11 +79,9 @@ def _check_transformers(
     carries = name == "compressed_tensors"
     fp8_cache = carries and reader.manifest.kv.get("format") == "fp8"
     ours = load_model(reader, dtype, activations=carries, cache=fp8_cache)
-    with torch.no_grad():
-        expected = forward(ours, windows).float()
-        with reordered(ours):
-            noise = forward(ours, windows).float()
-    return checks + check_logits(answered, expected, noise, label)
+    run = run_artifact(ours, windows, keep_logits=len(windows))
+    activations = carries and any(linear.activation != "none" for linear in reader.manifest.linears.values())
+    return checks + check_logits(label, answered, run, flips=activations or fp8_cache)
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:

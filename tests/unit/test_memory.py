@@ -22,7 +22,7 @@ TINY = hf.checked_config({**llama_config().to_dict(), "architectures": ["LlamaFo
 
 
 def configured(*arguments: str) -> RunConfig:
-    return config.compose(arguments)
+    return config.compose(["train.precision=bf16", *arguments])
 
 
 def on_meta(sizes: dict) -> LlamaForCausalLM:
