@@ -177,7 +177,9 @@ def _publish(saving: Path, final: Path, step: int, extra: dict[str, Any], keep: 
         shutil.rmtree(final)
     os.rename(saving, final)
     _sync(final.parent)
-    for old in sorted(final.parent.glob("step_*"), reverse=True)[keep:]:
+    others = sorted((path for path in final.parent.glob("step_*") if path != final), reverse=True)
+    passed_over = [path for path in others if path.name > final.name]  # damaged, or they would have been resumed
+    for old in passed_over + others[len(passed_over) :][keep - 1 :]:
         shutil.rmtree(old)
 
 

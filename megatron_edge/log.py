@@ -36,7 +36,7 @@ def console() -> Console:
     if _console is None:
         from rich.console import Console
 
-        _console = Console(stderr=True)
+        _console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     return _console
 
 

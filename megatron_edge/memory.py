@@ -1,8 +1,8 @@
 """Byte arithmetic: what an artifact takes on its device, what training takes on each rank. No tensors, no measuring.
 
-In: a RunConfig and a model's checked config.json (model/hf_config.py). Out: records of bytes, or a refusal before
-anything is spent. Weights and KV cache are exact (artifact/formats.py has the bytes of each format); activations are
-estimates, and each function says of what.
+In: a RunConfig (its precision settled, not "auto") and a model's checked config.json (model/hf_config.py). Out: records
+of bytes, or a refusal before anything is spent. Weights and KV cache are exact (artifact/formats.py has the bytes of
+each format); activations are estimates, and each function says of what.
 """
 
 from __future__ import annotations

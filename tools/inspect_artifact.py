@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_edge.contracts import InputError, LinearEntry, Manifest, TensorEntry  # noqa: E402
+from megatron_edge.contracts import InputError, LinearEntry, Manifest, TensorEntry
 
 BYTES = {
     "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8,

@@ -21,7 +21,7 @@ from megatron_edge.export.compress import compress
 from megatron_edge.jobs.preflight import CONFIG_FILE
 from megatron_edge.log import console
 from megatron_edge.model.families import ModelDims
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, load_tokenizer, open_source, resolve_source
 from megatron_edge.quantize import policy
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.verify.report import Limits, Verification, table, verify_artifact
@@ -78,7 +78,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
 
     directory = Path(config.artifact) if config.artifact else artifact_dir(config)
     reader = ArtifactReader(directory)
-    tokenizer = open_source(directory).tokenizer()
+    tokenizer = load_tokenizer(directory)
     cache = Path(config.run_dir) / "data"
     data = load_data(config.data, tokenizer, config.train.seq_length_tokens, config.train.seed, cache)
     batch = data.heldout.evaluation(config.data.eval_tokens)
@@ -119,9 +119,7 @@ def _export(config: RunConfig, source: ModelSource) -> None:
         )
     reader = ArtifactReader(directory)
     for name in config.export.targets:
-        report = targets.convert(name, reader, directory.parent / name, config.export.shard_bytes)
-        for dropped in report.dropped:
-            log.info("target %s does not carry %s", name, dropped)
+        targets.convert(name, reader, directory.parent / name, config.export.shard_bytes)
 
 
 def _verify(
@@ -155,8 +153,9 @@ def _summary(config: RunConfig, report: Verification) -> None:
         if key in losses:
             shown.add_row(label, f"{losses[key]:.4f}", f"{torch.tensor(losses[key]).exp():.2f}")
     for check in report.checks:
-        if check.name == "perplexity" and isinstance(check.value, float):
-            shown.add_row("artifact", *_artifact_row(check.metric, check.value, losses))
+        if check.name == "perplexity" and isinstance(check.value, float):  # the artifact's rise over the first row
+            loss = check.value + next(losses[key] for key in labels if key in losses)
+            shown.add_row("artifact", f"{loss:.4f}", f"{torch.tensor(loss).exp():.2f}")
     console().print(table(report))
     console().print(shown)
     reader = ArtifactReader(artifact_dir(config))
@@ -168,11 +167,6 @@ def _summary(config: RunConfig, report: Verification) -> None:
     )
     log.info("artifact: %s", artifact_dir(config))
     log.info("next: python launch/evaluate.py run_dir=%s data.heldout=YOUR_TEXT", config.run_dir)
-
-
-def _artifact_row(metric: str, value: float, losses: dict[str, float]) -> tuple[str, str]:
-    loss = losses["trained"] + value if "rise" in metric else value
-    return f"{loss:.4f}", f"{torch.tensor(loss).exp():.2f}"
 
 
 def _bf16_bytes(reader: ArtifactReader) -> list[int]:

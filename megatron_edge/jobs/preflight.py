@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def _take_run_directory(config: RunConfig) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if saved.exists() and config.resume != "never":
             configuration.check_same_run(configuration.from_yaml(saved.read_text()), config)
+        if config.resume == "never" and (directory / "checkpoints").exists():
+            shutil.rmtree(directory / "checkpoints")  # of another run, perhaps: a later resume must not find them
         partial = saved.with_suffix(f".partial{os.getpid()}")
         partial.write_text(configuration.to_yaml(config))
         partial.replace(saved)

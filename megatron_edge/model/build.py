@@ -88,7 +88,20 @@ def build_model(hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, device:
         share_embeddings_and_output_weights=dims.tied,
     )
     model.rotary_pos_emb = PackedRotaryEmbedding(dims.head_dim, rope_theta(hf_config), rope_scaling(hf_config), device)
+    _mark_tensor_parallel(model, hf_config)
     return model.to(device)
+
+
+def _mark_tensor_parallel(model: nn.Module, hf_config: dict) -> None:
+    """Upstream does this where it initialises weights, which we skip; without it the gradient norm of every clipping
+    counts the shards of tensor-parallel rank 0 alone (layers.py:89)."""
+    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
+    rules = rules_of(hf_config)
+    for name, param in named_shards(model).items():
+        rule = find_rule(name, rules)
+        if rule is not None and rule.split_axis is not None:
+            set_tensor_model_parallel_attributes(param, True, rule.split_axis, 1)
 
 
 def forward(model: nn.Module, batch: Any, labels: Tensor | None = None) -> Tensor:

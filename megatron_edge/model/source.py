@@ -32,6 +32,7 @@ __all__ = [
     "SUPPORTED_ARCHITECTURES",
     "ModelSource",
     "head_dim",
+    "load_tokenizer",
     "open_source",
     "resolve_source",
     "rope_scaling",
@@ -203,7 +204,7 @@ class ModelSource:
     def _tokenizer(self) -> Any:
         from megatron_edge.model.gguf_source import GgufStore
 
-        tokenizer = self._store.tokenizer() if isinstance(self._store, GgufStore) else _load_tokenizer(self.path)
+        tokenizer = self._store.tokenizer() if isinstance(self._store, GgufStore) else load_tokenizer(self.path)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= self.hf_config["vocab_size"]:
             raise InputError(
@@ -280,7 +281,8 @@ def _checked(path: Path, kind: str, raw: dict[str, Any], store: _Store) -> Model
     return ModelSource(path, kind, config, store)
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """The fast transformers tokenizer of a model's or an artifact's directory. Raises InputError where there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = directory / "tokenizer_config.json"

@@ -27,7 +27,7 @@ SLICES = "parts that no trained shard covers, or none shipped"
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trained fake-quantised model said about itself: `facts` is reference.json, the rest reference.safetensors.
+    """What the trained fake-quantised model said about itself: `facts` is reference.json.
 
     nll is fp32 [n, s], logits fp32 [m, s, vocabulary] of the first m windows.
     """
@@ -101,7 +101,11 @@ def _shipped_name(reader: ArtifactReader, name: str) -> str:
 
 
 def _compare_tensor(
-    reader: ArtifactReader, name: str, entries: list[dict[str, Any]], dtype: torch.dtype, differing: dict[str, list[str]]
+    reader: ArtifactReader,
+    name: str,
+    entries: list[dict[str, Any]],
+    dtype: torch.dtype,
+    differing: dict[str, list[str]],
 ) -> None:
     linear = name.removesuffix(".weight")
     if linear in reader.manifest.linears:
@@ -184,7 +188,9 @@ def _input_scales(reader: ArtifactReader, reference: Reference) -> list[str]:
     trained = reference.facts.get("activations") or {}
     shipped = {name: linear for name, linear in reader.manifest.linears.items() if linear.activation != "none"}
     problems = [f"{name}: trained with an input scale, shipped without" for name in sorted(set(trained) - set(shipped))]
-    problems += [f"{name}: shipped with an input scale, trained without" for name in sorted(set(shipped) - set(trained))]
+    problems += [
+        f"{name}: shipped with an input scale, trained without" for name in sorted(set(shipped) - set(trained))
+    ]
     for name in sorted(set(trained) & set(shipped)):
         scale = float(reader.tensor(shipped[name].tensors["input_scale"]))
         expected = trained[name]

@@ -1,10 +1,10 @@
 """Other software reads the targets: what it really loads here, and whether it answers as the artifact does.
 
-In: the artifact's reader, target directories, windows; out: checks, and for what cannot run here the reason. Never counts as
-passed what did not run. Called by report.py.
+In: the artifact's reader, target directories, windows; out: checks, and for what cannot run here the reason. What did
+not run never counts as passed. Called by report.py.
 
-- `compressed_tensors`: transformers + compressed-tensors load and run it (seen with 5.23 and 0.20): int4 and fp8 in float32,
-  because both cast the stored scales to the model's data type; nvfp4 in bfloat16, the only one that it runs in.
+- `compressed_tensors`: transformers + compressed-tensors load and run it (seen with 5.23 and 0.20): int4 and fp8 in
+  float32, because they cast the stored scales to the model's data type; nvfp4 in bfloat16, the only one it runs in.
 - `hf`: plain transformers.
 - `modelopt`: no runtime without its own GPU reads it, so its bytes are decoded by the layout's rule and compared.
 """

@@ -43,14 +43,19 @@ def converted(tmp_path_factory):
 
 def load_all(directory: Path) -> dict[str, torch.Tensor]:
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    return {name: tensor for file in set(index["weight_map"].values()) for name, tensor in load_file(directory / file).items()}
+    return {
+        name: tensor
+        for file in set(index["weight_map"].values())
+        for name, tensor in load_file(directory / file).items()
+    }
 
 
 @pytest.mark.parametrize("target, recipe", CARRIED)
 def test_every_target_is_complete_and_says_what_it_drops(converted, target, recipe):
-    reader, trained, directory, report = converted(target, recipe)
+    _, trained, directory, report = converted(target, recipe)
     said = json.loads((directory / "target_report.json").read_text())
-    assert said["name"] == target and said["dropped"] == list(report.dropped) and said["carried"] == list(report.carried)
+    assert said["name"] == target
+    assert (said["dropped"], said["carried"]) == (list(report.dropped), list(report.carried))
     assert {"config.json", "generation_config.json", "tokenizer.json", "target_report.json"} <= {
         file.name for file in directory.iterdir()
     }
@@ -144,6 +149,15 @@ def test_modelopt_configs_are_those_that_modelopt_makes(converted, recipe, algor
     stored = load_all(directory)
     expected = {"model.layers.0.self_attn.k_proj.k_scale", "model.layers.1.self_attn.v_proj.v_scale"}
     assert (expected <= set(stored)) == (trained.kv == "fp8")
+
+
+@pytest.mark.parametrize(
+    "target, recipe, dtype", [("compressed_tensors", "int4", "float16"), ("modelopt", "fp8", "bfloat16")]
+)
+def test_config_names_the_data_type_to_compute_in(converted, target, recipe, dtype):
+    _, _, directory, _ = converted(target, recipe)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
 
 
 def test_hf_target_is_the_trained_model_in_bf16(converted):

@@ -210,8 +210,8 @@ class TrainedModel:
         return (self._norm("model.norm", x) @ self.values["model.embed_tokens.weight"].T).float()
 
     def nll(self, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits, targets = self.logits(text), text["tokens"].roll(-1, dims=1)
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * text["loss_mask"]
+        logits, targets = self.logits(text).double(), text["tokens"].roll(-1, dims=1)
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").float() * text["loss_mask"]
 
     def loss(self, text: dict[str, torch.Tensor]) -> float:
         return float(self.nll(text).sum() / text["loss_mask"].sum())
@@ -235,9 +235,7 @@ def write_artifact(directory: Path, trained: TrainedModel, dtype_name: str, shar
         if linear not in trained.amax:
             writer.add(name, master.to(trained.dtype), plain)
             continue
-        encoded = formats.encode(
-            trained.weight, master.to(trained.dtype), trained.amax[linear], trained.groups[linear]
-        )
+        encoded = formats.encode(trained.weight, master.to(trained.dtype), trained.amax[linear], trained.groups[linear])
         tensors = {"codes": f"{linear}.weight_codes", "scale": f"{linear}.weight_scale"}
         writer.add(tensors["codes"], encoded.codes, trained.weight)
         writer.add(tensors["scale"], encoded.scale, "scale")
@@ -247,9 +245,7 @@ def write_artifact(directory: Path, trained: TrainedModel, dtype_name: str, shar
         if trained.activation != "none":
             tensors["input_scale"] = f"{linear}.input_scale"
             writer.add(tensors["input_scale"], trained.input_scale(linear), "scale")
-        linears[linear] = LinearEntry(
-            trained.weight, trained.activation, encoded.group_size, encoded.shape, tensors
-        )
+        linears[linear] = LinearEntry(trained.weight, trained.activation, encoded.group_size, encoded.shape, tensors)
     for name, amax in trained.kv_amax.items():
         writer.add(name, formats.tensor_scale("fp8", amax), "scale")
     finish(writer, linears, trained, dtype_name)
@@ -331,9 +327,7 @@ def slice_facts(trained: TrainedModel, name: str, rows: tuple[int, int], cols: t
         amax = trained.amax[linear]
         if amax.dim() == 2:
             amax = cut(amax, trained.groups[linear])
-        own = formats.encode(
-            trained.weight, cut(trained.masters[name].to(trained.dtype)), amax, trained.groups[linear]
-        )
+        own = formats.encode(trained.weight, cut(trained.masters[name].to(trained.dtype)), amax, trained.groups[linear])
         facts |= {
             "format": trained.weight,
             "group_size": own.group_size,

@@ -1,6 +1,6 @@
 """Targets: pure conversions from the canonical artifact to the layouts that other runtimes load.
 
-In: an `ArtifactReader` and a directory; out: that directory and a `TargetReport`. Called by the export job and by tools.
+In: an `ArtifactReader` and a directory; out: that directory and a `TargetReport`. Called by the export job.
 Each conversion streams tensor by tensor, says what it cannot carry, and refuses where the weights cannot be carried.
 """
 

@@ -23,6 +23,7 @@ from megatron_edge.export.targets.folder import (
     describe_linears,
     kv_format,
     kv_scales,
+    plain_dtype,
     plain_linears,
     recipe,
     role_tensor,
@@ -56,7 +57,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
         carried.append("fp8 KV scales as self_attn.k_scale and self_attn.v_scale")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
-    config = base_config(reader, LOADING_DTYPES.get(weight, manifest.dtype))
+    config = base_config(reader, LOADING_DTYPES.get(weight, plain_dtype(manifest)))
     config["quantization_config"] = _config_section(manifest, FORMATS[weight, activation], kv)
     content = TargetContent(_tensors(reader), config, carried, dropped, _notes(weight))
     return write_target(reader, directory, "compressed_tensors", content, shard_bytes)
@@ -86,9 +87,11 @@ def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _as_int32(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, in/2], low nibble first -> int32 [out, in/8], little-endian nibbles: the same bytes, read by fours."""
+    """uint8 [out, in/2], low nibble first -> int32 [out, in/8], little-endian nibbles: the same bytes by fours."""
     if codes.shape[1] % 4:
-        raise InputError(f"compressed_tensors packs eight int4 codes a word: {2 * codes.shape[1]} inputs are no multiple")
+        raise InputError(
+            f"compressed_tensors packs eight int4 codes a word; {2 * codes.shape[1]} inputs are no multiple"
+        )
     return codes.contiguous().view(torch.int32)
 
 
@@ -115,8 +118,8 @@ def _config_section(manifest: Manifest, layout: str, kv: str) -> dict[str, Any]:
 def _groups(manifest: Manifest) -> list[tuple[list[str], LinearEntry]]:
     """One config group per group size: class `Linear` where there is only one, else one pattern per kind of linear.
 
-    Kinds are names without the layer's number, such as `model.layers.N.mlp.down_proj`; all layers of a kind have the same
-    input width and therefore the same group size.
+    Kinds are names without the layer's number, such as `model.layers.N.mlp.down_proj`; all layers of a kind have the
+    same input width and therefore the same group size.
     """
     by_size: dict[int, LinearEntry] = {}
     kinds: dict[int, set[str]] = {}
@@ -163,7 +166,10 @@ def _scheme(linear: LinearEntry) -> dict[str, Any]:
 def _notes(weight: str) -> list[str]:
     """How transformers 5.23 with compressed-tensors 0.20 must load it: scales are cast to the model's data type."""
     if weight == "int4":
-        return ["load as float16 (config.json says so) or float32: bfloat16 would round the fp16 scales"]
+        return [
+            "load as float16 (config.json says so) or float32: bfloat16 would round the fp16 scales",
+            "unquantised tensors are as the artifact stores them; float16 rounds those of their values below 6e-5",
+        ]
     if weight == "fp8":
-        return ["transformers casts the fp32 scales to the model's data type: load with dtype=float32 for exact weights"]
+        return ["transformers casts the fp32 scales to the model's data type: only dtype=float32 is exact"]
     return ["transformers runs nvfp4 with dtype=bfloat16 only; global scales are stored as fp32 reciprocals"]

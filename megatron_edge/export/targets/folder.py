@@ -1,5 +1,8 @@
-"""A target directory: what the conversions of this package share. In: an artifact's reader and a stream of tensors; out: a
-directory that another runtime loads, with `target_report.json`. Called by the targets beside it."""
+"""A target directory: what the conversions of this package share.
+
+In: an artifact's reader and a stream of tensors; out: a directory that another runtime loads, with
+`target_report.json`. Called by the targets beside it.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,11 @@ def recipe(manifest: Manifest, target: str) -> tuple[str, str]:
 
 def kv_format(manifest: Manifest) -> str:
     return str(manifest.kv.get("format", "none"))
+
+
+def plain_dtype(manifest: Manifest) -> str:
+    """The data type in which the unquantised tensors are stored: what a runtime should compute in."""
+    return "float32" if any(entry.format == "fp32" for entry in manifest.tensors.values()) else "bfloat16"
 
 
 def base_config(reader: ArtifactReader, dtype: str) -> dict[str, Any]:

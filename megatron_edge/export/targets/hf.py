@@ -1,4 +1,4 @@
-"""Target `hf`: a plain Hugging Face checkpoint in BF16, with quantised weights decoded to the values that they stand for.
+"""Target `hf`: a plain Hugging Face checkpoint in BF16, quantised weights decoded to the values that they stand for.
 
 In: the canonical artifact; out: a directory that `transformers.from_pretrained` loads without any quantisation package.
 """
@@ -18,6 +18,7 @@ from megatron_edge.export.targets.folder import (
     base_config,
     describe_linears,
     kv_format,
+    plain_dtype,
     recipe,
     unquantised,
     write_target,
@@ -35,7 +36,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
         dropped.append(f"{activation} quantisation of activations and its input scales")
     if kv_format(manifest) != "none":
         dropped.append(f"{kv_format(manifest)} quantisation of the KV cache and its scales")
-    if manifest.dtype == "float32":
+    if plain_dtype(manifest) == "float32" or (weight != "none" and manifest.dtype == "float32"):
         dropped.append("float32 digits that bfloat16 cannot hold")
     content = TargetContent(_tensors(reader), base_config(reader, "bfloat16"), carried, dropped)
     return write_target(reader, directory, "hf", content, shard_bytes)

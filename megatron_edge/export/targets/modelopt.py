@@ -1,7 +1,7 @@
-"""Target `modelopt`: NVIDIA ModelOpt's unified Hugging Face layout, which TensorRT-LLM, TensorRT Edge-LLM and vLLM read.
+"""Target `modelopt`: NVIDIA ModelOpt's unified Hugging Face layout, read by TensorRT-LLM, TensorRT Edge-LLM and vLLM.
 
-In: the canonical artifact (fp8, or nvfp4 with or without activations); out: a directory with packed weights, `config.json`
-(`quantization_config`, `quant_method: modelopt`) and `hf_quant_config.json`, which Edge-LLM reads first.
+In: the canonical artifact (fp8, or nvfp4 with or without activations); out: a directory with packed weights,
+`config.json` (`quantization_config`, `quant_method: modelopt`) and `hf_quant_config.json`, which Edge-LLM reads first.
 Layout: nvidia-modelopt 0.47, modelopt/torch/export/{unified_export_megatron,convert_hf_config}.py.
 """
 
@@ -23,6 +23,7 @@ from megatron_edge.export.targets.folder import (
     describe_linears,
     kv_format,
     kv_scales,
+    plain_dtype,
     plain_linears,
     recipe,
     role_tensor,
@@ -52,7 +53,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
     quantization = _quantization(algorithm, kv, plain_linears(manifest))
-    config = base_config(reader, manifest.dtype)
+    config = base_config(reader, plain_dtype(manifest))
     config["quantization_config"] = _config_section(quantization, activation != "none")
     content = TargetContent(
         tensors=_tensors(reader),

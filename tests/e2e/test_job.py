@@ -1,0 +1,195 @@
+"""The whole job through launch/qat.py: what it leaves on disk, what it says, and who can read the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.conftest import CHECKPOINT_EVERY_STEPS, SMALL, STEPS, Run
+from tests.e2e.launches import checkpoints, hashes, metrics, run
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def reference_facts(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "reference" / "reference.json").read_text())
+
+
+def assert_complete(run_dir: Path, steps: int, targets: set[str]) -> None:
+    """Everything that a run directory is to hold, and a verify.json in which nothing failed."""
+    assert {"config.yaml", "plan.json", "metrics.jsonl", "checkpoints", "reference", "artifact", "verify.json"} <= {
+        path.name for path in run_dir.iterdir()
+    }
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, steps + 1))
+    assert {path.name for path in (run_dir / "artifact").iterdir()} == {"canonical", *targets}
+    report = json.loads((run_dir / "verify.json").read_text())
+    assert report["ok"] is True and report["checks"] and all(check["ok"] for check in report["checks"])
+    assert {f"target {target}" for target in targets} <= {check["name"] for check in report["checks"]}
+    index = json.loads((run_dir / "artifact" / "canonical" / "model.safetensors.index.json").read_text())
+    manifest = json.loads((run_dir / "artifact" / "canonical" / "manifest.json").read_text())
+    assert set(index["weight_map"]) == set(manifest["tensors"])
+    for directory in (run_dir / "artifact").iterdir():
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        assert tokenizer.chat_template and tokenizer.decode(tokenizer("a byte").input_ids) == "a byte"
+
+
+def trained_weights(run_dir: Path) -> dict[tuple[str, str], str]:
+    """(tensor, rows and columns) -> sha256 of the values that the trained model computed with, in its data type."""
+    return {
+        (entry["tensor"], json.dumps([entry["rows"], entry["cols"]])): entry["dequantized_sha256"]
+        for entry in reference_facts(run_dir)["weights"]
+    }
+
+
+def assert_weights_are_the_trained_ones(model: torch.nn.Module, run_dir: Path) -> None:
+    """Every slice that a training rank held, against the same slice of `model` in fp32, byte for byte."""
+    expected = trained_weights(run_dir)
+    weights = {name: weight for name, weight in model.named_parameters() if name.endswith(".weight")}
+    assert {name for name, _ in expected} == set(weights)
+    for (name, place), sha256 in expected.items():
+        rows, cols = json.loads(place)
+        part = weights[name].detach().float()[slice(*rows)]
+        part = part if cols is None else part[:, slice(*cols)]
+        assert hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() == sha256, f"{name} {place}"
+
+
+def documents_of(reference: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(token ids [n], the trained model's logits [n, vocabulary]) of each document of the windows with logits."""
+    for window, logits in enumerate(reference["logits"]):
+        for document in reference["documents"][window].unique():
+            chosen = reference["documents"][window] == document
+            yield reference["tokens"][window][chosen], logits[chosen]
+
+
+@torch.no_grad()
+def assert_logits_are_the_trained_ones(model: torch.nn.Module, run_dir: Path) -> None:
+    """transformers on each document alone, without packing, mask or positions of ours, in fp32.
+
+    The noise floor is transformers itself in fp32 against fp64; two sums in different order differ by at most 3 of it.
+    """
+    reference = load_file(run_dir / "reference" / "reference.safetensors")
+    difference = floor = 0.0
+    documents = list(documents_of(reference))
+    single = [model.float()(tokens[None]).logits[0] for tokens, _ in documents]
+    double = [model.double()(tokens[None]).logits[0] for tokens, _ in documents]
+    for (_, trained), fp32, fp64 in zip(documents, single, double, strict=True):
+        difference = max(difference, float((fp32 - trained).abs().max()))
+        floor = max(floor, float((fp32 - fp64).abs().max()))
+    print(f"largest logit difference {difference:.2e}, noise floor {floor:.2e} (transformers, fp32 against fp64)")
+    assert 0 < floor < 1e-4 and difference <= 3 * floor
+
+
+def test_gateway_on_two_pipeline_stages(gateway_run: Run) -> None:
+    """The first command of the README, on a tiny model and the default corpus."""
+    run_dir, done = gateway_run.directory, gateway_run.done
+    assert not done.noise, done.noise
+    assert not done.stdout
+    assert_complete(run_dir, STEPS, {"modelopt", "compressed_tensors"})
+    assert checkpoints(run_dir) == [STEPS - CHECKPOINT_EVERY_STEPS, STEPS], "keeps the last two"
+    facts = reference_facts(run_dir)
+    assert facts["kv"]["format"] == "int8" and set(facts["losses"]) == {"fp32", "ptq", "trained"}
+    assert facts["losses"]["trained"] < facts["losses"]["ptq"], "it learns"
+    for shown in ("as it came", "calibrated (PTQ)", "trained", "artifact", "next: python launch/evaluate.py"):
+        assert shown in done.stderr
+    assert "perplexity" in done.stderr and "step 12/12" in done.stderr
+
+
+def test_gateway_target_is_read_by_transformers(gateway_run: Run) -> None:
+    directory = gateway_run.directory / "artifact" / "compressed_tensors"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model.hf_quantizer.compressor.decompress_model(model)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "nvfp4-pack-quantized"
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_export_and_evaluate_alone_on_a_run(gateway_run: Run, tmp_path: Path) -> None:
+    """Export again gives the same bytes; evaluate gives the loss that verify found."""
+    artifact = gateway_run.directory / "artifact"
+    before = hashes(artifact)
+    done = run("export", f"run_dir={gateway_run.directory}", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hashes(artifact) == before
+    done = run("evaluate", f"run_dir={gateway_run.directory}", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loss = json.loads((gateway_run.directory / "verify.json").read_text())["losses_nats_per_token"]["artifact"]
+    assert f"{loss:.4f} nats/token" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    with path.open("w") as lines:
+        for name in sorted(topics)[:60]:
+            question = {"role": "user", "content": f"What does the documentation say about {name}?"}
+            answer = {"role": "assistant", "content": topics[name][:600]}
+            lines.write(json.dumps({"messages": [question, answer]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def vehicle_run(tiny_model: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    directory = tmp_path_factory.mktemp("vehicle")
+    arguments = (
+        "+scenario=vehicle",
+        f"model.source={tiny_model}",
+        f"data.train={conversations}",
+        "train.steps=4",
+        "quant.calib_size=16",
+        *SMALL,
+    )
+    done = run("qat", *arguments, f"run_dir={directory / 'run'}", directory=directory, processes=2)
+    assert done.returncode == 0, done.stderr
+    return Run(directory / "run", done, arguments)
+
+
+def test_vehicle_on_two_replicas_and_conversations(vehicle_run: Run, conversations: Path) -> None:
+    run_dir, done = vehicle_run.directory, vehicle_run.done
+    assert not done.noise, done.noise
+    assert_complete(run_dir, 4, {"compressed_tensors"})
+    assert "DP2" in done.stderr
+    reference = load_file(run_dir / "reference" / "reference.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "artifact" / "canonical")
+    predicted = reference["tokens"].roll(-1, dims=1)[reference["loss_mask"]]
+    counted = tokenizer.decode(predicted)
+    assert "What does the documentation say" not in counted, "the loss is on what the assistant says"
+    assert any(topics[name][20:50] in counted for name in sorted(topics)[:60])
+
+
+def test_vehicle_target_is_read_by_transformers(vehicle_run: Run) -> None:
+    """transformers + compressed-tensors decode the int4 target to exactly what the trained model computed with."""
+    directory = vehicle_run.directory / "artifact" / "compressed_tensors"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.hf_quantizer.compressor.decompress_model(model)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized" and config["config_groups"]["group_0"]["weights"]["group_size"] == 128
+    assert_weights_are_the_trained_ones(model, vehicle_run.directory)
+
+
+def test_plain_fine_tuning_on_parquet(tiny_model: Path, tmp_path: Path) -> None:
+    """quant=none in one process: a BF16 model that transformers loads, with the trained model's logits."""
+    texts = {"body": [topics[name] for name in sorted(topics)[:40]]}
+    pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "topics.parquet")
+    arguments = ("quant=none", f"model.source={tiny_model}", "train.steps=4", "run_dir=run", *SMALL)
+    done = run("qat", *arguments, "data.train=topics.parquet", "data.text_key=body", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not done.noise, done.noise
+    assert_complete(tmp_path / "run", 4, {"hf"})
+    directory = tmp_path / "run" / "artifact" / "hf"
+    config = json.loads((directory / "config.json").read_text())
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert_weights_are_the_trained_ones(model, tmp_path / "run")
+    assert_logits_are_the_trained_ones(model, tmp_path / "run")

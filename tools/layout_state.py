@@ -1,0 +1,135 @@
+"""A rank's shard in plain tensors, for tools/layout_checks.py: its weights and maxima, its part of what one process
+has kept, and bitwise comparison. How a whole parameter falls into shards is written here apart from the product's own
+name table (model/families.py), which it is to check."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def shard_of(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
+    """The part of a whole Megatron parameter (or of its block maxima) that one tensor-parallel rank holds."""
+    if whole.dim() < 2:
+        return whole
+    if ".linear_fc1." in name:
+        return torch.cat([half.chunk(tp)[tp_rank] for half in whole.chunk(2)])
+    return whole.chunk(tp, dim=1 if ".linear_proj." in name or ".linear_fc2." in name else 0)[tp_rank]
+
+
+def input_of(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
+    """The part of a recorded activation that one rank's quantizer sees: a row-parallel linear's channels, its heads."""
+    if ".core_attention." in name:
+        return whole.chunk(tp, dim=2)[tp_rank]
+    return whole.chunk(tp, dim=-1)[tp_rank] if ".linear_proj." in name or ".linear_fc2." in name else whole
+
+
+def num_differing(a: Tensor, b: Tensor) -> int:
+    """Elements that are not equal bit for bit; all of them where the shapes differ."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return max(a.numel(), b.numel())
+    a, b = (x.detach().cpu().contiguous().reshape(-1) for x in (a, b))
+    return int((a.view(torch.uint8) != b.view(torch.uint8)).view(-1, a.element_size()).any(-1).sum()) if len(a) else 0
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and maxima of this shard by name; maxima of int4 as [rows, groups per row]."""
+    from megatron_edge.model.build import named_shards
+    from megatron_edge.quantize.apply import enabled_quantizers
+
+    state = {name: param.detach() for name, param in named_shards(model).items()}
+    for name, quantizer in enabled_quantizers(model).items():
+        if hasattr(quantizer, "_amax"):
+            amax = quantizer._amax
+            is_block = quantizer.backend_extra_args["format"] == "int4"
+            rows = state[name.rsplit(".", 1)[0] + ".weight"].shape[0] if is_block else 0
+            state[name + ".amax"] = amax.reshape(rows, -1) if is_block else amax.reshape(())
+    return state
+
+
+def keep(file: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+
+
+def against_reference(file: Path, mine: dict[str, Tensor], session: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, mine, this rank's part of the whole tensor in `file`) of every tensor."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as stored:
+        for name, tensor in mine.items():
+            yield name, tensor.cpu(), shard_of(name, stored.get_tensor(name), session.tp_rank, session.plan.tp)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Every whole tensor of a checkpoint, through torch alone."""
+    import torch.distributed.checkpoint as dcp
+
+    from megatron_edge.log import quiet
+
+    reader = dcp.FileSystemReader(str(path))
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    with quiet("torch.distributed is disabled, unavailable or uninitialized", UserWarning):
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+@contextlib.contextmanager
+def watched(modules: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, `see(name, input, output)` is called whenever one of the modules has run."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: see(name, inputs[0].detach(), output.detach())
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def data_quantizers(model: nn.Module) -> dict[str, Any]:
+    """Those on activations and on the KV cache, by name."""
+    from megatron_edge.quantize.apply import enabled_quantizers
+
+    return {n: q for n, q in enabled_quantizers(model).items() if q.backend_extra_args["role"] != "weight"}
+
+
+def raw_maxima(model: nn.Module, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each maximum was before it was snapped, found again: from the weights, and from what data quantizers saw.
+    Maxima of whole tensors are taken over tensor-parallel ranks. All ranks call it."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_edge.model.build import named_shards
+    from megatron_edge.quantize.apply import enabled_quantizers
+
+    weights = named_shards(model)
+    found = {}
+    for name, quantizer in enabled_quantizers(model).items():
+        args = quantizer.backend_extra_args
+        if not hasattr(quantizer, "_amax"):
+            continue
+        if args["role"] == "weight":
+            weight = weights[name.rsplit(".", 1)[0] + ".weight"].detach().abs()
+            is_block = args["format"] == "int4"
+            raw = weight.unflatten(-1, (-1, args["group_size"])).amax(-1) if is_block else weight.max()
+        else:
+            is_block, raw = False, seen[name]
+        if not is_block:
+            dist.all_reduce(raw, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+        found[name] = raw
+    return found
