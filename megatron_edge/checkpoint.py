@@ -20,7 +20,13 @@ from torch import nn
 
 from megatron_edge.contracts import InputError, QuantPlan
 from megatron_edge.model.build import unwrap
-from megatron_edge.quantize.state import PREFIX, prepare_quantizer_state, set_quantizer_state, sharded_quantizer_state
+from megatron_edge.quantize.state import (
+    PREFIX,
+    AmaxShard,
+    prepare_quantizer_state,
+    quantizer_shards,
+    set_quantizer_state,
+)
 from megatron_edge.runtime.session import Session
 
 log = logging.getLogger("megatron_edge")
@@ -148,13 +154,21 @@ def _sharded_state(
     }
     state: dict[str, Any] = {
         "model": weights,
-        "quantizers": sharded_quantizer_state(
-            model, plan, tp_rank=session.tp_rank, tp=session.plan.tp, dp_rank=session.dp_rank
-        ),
+        "quantizers": {
+            key: _sharded_tensor(key, shard, session) for key, shard in quantizer_shards(model, plan).items()
+        },
     }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading)
     return state
+
+
+def _sharded_tensor(key: str, shard: AmaxShard, session: Session) -> Any:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    split = () if shard.axis is None else ((shard.axis, session.tp_rank, session.plan.tp),)
+    replica = (0, session.tp_rank if shard.axis is None else 0, session.dp_rank)
+    return ShardedTensor.from_rank_offsets(key, shard.data, *split, replica_id=replica)
 
 
 def _fresh(path: Path) -> None:

@@ -2,8 +2,7 @@
 
 In: job.json (`Job`), and what the layout `REFERENCE` (one process, in the first launch) has written. Out: a
 `<layout>.json` with, for each format, the measured values; the driver judges them. Only the product's own public
-functions build, calibrate, load, save and train; how a whole parameter falls into shards is written here again, apart
-from the product's name table.
+functions build, calibrate, load, save and train.
 """
 
 from __future__ import annotations
@@ -35,6 +34,17 @@ from tools.layout_parity import (
     compose,
     layout_plan,
 )
+from tools.layout_state import (
+    against_reference,
+    data_quantizers,
+    input_of,
+    keep,
+    num_differing,
+    raw_maxima,
+    read_checkpoint,
+    state_of,
+    watched,
+)
 
 
 @dataclass(frozen=True)
@@ -64,45 +74,37 @@ class Case:
 
 def examine(case: Case) -> dict[str, Any]:
     """Everything about one format. All ranks call it; the result is the same on all of them."""
-    from megatron_edge.quantize.apply import enabled_quantizers
-
     model = new_model(case)
-    choices = calibrate(case, model)
-    values: dict[str, float] = {}
-    maxima: list[str] = []
+    found: dict[str, Any] = {"values": {}, "maxima": {}, "noise": {}, "choices": {}}
+    calibrate(case, model, found)
     if case.is_reference:
-        keep(case.file("state"), state_of(model, case.plan))
         save(case, model)
     else:
-        state = state_of(model, case.plan)
-        maxima = [
-            n for n, a, b in against_reference(case, "state", state) if n.endswith(".amax") and num_differing(a, b)
-        ]
-        values |= reload(case, model)
-    on_data = [q for q in enabled_quantizers(model).values() if q.backend_extra_args["role"] != "weight"]
+        found["values"] |= reload(case, model)
+    on_data = data_quantizers(model)
     if on_data:
-        values |= recorded_inputs(case, model)
-        values["mean_loss"] = evaluate(case, model)
-    with switched_off(on_data):
+        found["values"] |= recorded_inputs(case, model, on_data)
+        found["values"]["mean_loss"] = evaluate(case, model)
+    with switched_off(list(on_data.values())):
         losses, gradient_difference = train(case, model)
     if gradient_difference is not None:
-        values["gradient"] = gradient_difference
-    found = {"values": values, "maxima": maxima, "choices": {n: asdict(c) for n, c in choices.items()}}
+        found["values"]["gradient"] = gradient_difference
     return merge(found, case.session.plan.world_size) | {"losses": losses, "on_data": bool(on_data)}
 
 
 def merge(found: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The ranks' findings as one: the largest value, all maxima and choices."""
+    """The ranks' findings as one: of several numbers the largest."""
     import torch.distributed as dist
 
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, found)
-    names = {name for one in everyone for name in one["values"]}
-    return {
-        "values": {name: max(one["values"].get(name, 0.0) for one in everyone) for name in sorted(names)},
-        "maxima": sorted({name for one in everyone for name in one["maxima"]}),
-        "choices": {name: choice for one in everyone for name, choice in one["choices"].items()},
-    }
+    whole: dict[str, Any] = {kind: {} for kind in found}
+    for one in everyone:
+        for kind, entries in one.items():
+            for name, value in entries.items():
+                known = whole[kind].get(name)
+                whole[kind][name] = value if known is None or kind == "choices" else max(known, value)
+    return whole
 
 
 def new_model(case: Case) -> nn.Module:
@@ -115,24 +117,44 @@ def new_model(case: Case) -> nn.Module:
     return model
 
 
-def calibrate(case: Case, model: nn.Module) -> dict[str, Any]:
-    """AWQ where the recipe says so, quantizers, maxima: as jobs/training.py does it. Gives AWQ's choices."""
+def calibrate(case: Case, model: nn.Module, found: dict[str, Any]) -> None:
+    """AWQ where the recipe says so, quantizers, maxima: as jobs/training.py does it.
+
+    Into `found`: AWQ's choices; "maxima", how many elements of each maximum are not the reference's; "noise", how far
+    each is from the reference's before both are snapped, relative; and whether all are what weights and data say.
+    """
+    from megatron_edge.artifact import formats
     from megatron_edge.quantize import apply, awq
     from megatron_edge.train import step
 
     batches = case.data.train.calibration(CALIBRATION_WINDOWS).split(EVALUATION_BATCH)
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor, _: Tensor) -> None:
+        seen[name] = torch.maximum(seen.get(name, x.new_zeros(())), x.abs().max())
 
     def forward_loop(_: nn.Module) -> None:
-        step.run_forward(model, batches, case.session)
+        with watched(data_quantizers(model), see):
+            step.run_forward(model, batches, case.session)
 
-    choices: dict[str, Any] = {}
     if case.plan.algorithm == "awq":
         tokens = CALIBRATION_WINDOWS * SEQ_LENGTH_TOKENS
         wanted = case.config.quant.awq_tokens
         choices = awq.search_and_fold(model, case.plan, forward_loop, calib_tokens=tokens, awq_tokens=wanted)
-    matches = apply.insert_quantizers(model, case.plan)
-    apply.calibrate(model, case.plan, matches, forward_loop)
-    return choices
+        found["choices"] = {name: asdict(choice) for name, choice in choices.items()}
+    apply.calibrate(model, case.plan, apply.insert_quantizers(model, case.plan), forward_loop)
+    state, raw = state_of(model), raw_maxima(model, seen)
+    kinds = {name: q.backend_extra_args["format"] for name, q in apply.enabled_quantizers(model).items()}
+    wrong = [num_differing(formats.snap_amax(kinds[n], value.float()), state[n + ".amax"]) for n, value in raw.items()]
+    found["values"]["unexplained"] = float(sum(wrong))
+    if case.is_reference:
+        keep(case.file("state"), state | {name + ".raw": value for name, value in raw.items()})
+        return
+    for name in raw:
+        both = {name + ".amax": state[name + ".amax"], name + ".raw": raw[name]}
+        (_, a, b), (_, raw_a, raw_b) = against_reference(case.file("state"), both, case.session)
+        found["maxima"][name] = num_differing(a, b)
+        found["noise"][name] = float(((raw_a - raw_b).abs() / raw_b.clamp_min(1e-30)).max())
 
 
 def save(case: Case, model: nn.Module) -> Path:
@@ -151,8 +173,12 @@ def reload(case: Case, model: nn.Module) -> dict[str, float]:
     found = checkpoint.find_newest(case.checkpoints(case.load_from), case.session)
     assert found is not None, case.load_from
     checkpoint.load_checkpoint(found, model, None, case.plan, case.session)
-    state = state_of(model, case.plan)
-    values = {"loaded": float(sum(num_differing(a, b) for _, a, b in against_reference(case, "state", state)))}
+    state = state_of(model)
+    values = {
+        "loaded": float(
+            sum(num_differing(a, b) for _, a, b in against_reference(case.file("state"), state, case.session))
+        )
+    }
     blocks = [name for name, tensor in state.items() if name.endswith(".weight_quantizer.amax") and tensor.dim() == 2]
     if blocks:  # of this rank's own rows and columns: needs no other rank
         values["own_blocks"] = 0.0
@@ -171,38 +197,27 @@ def reload(case: Case, model: nn.Module) -> dict[str, float]:
     return values
 
 
-def recorded_inputs(case: Case, model: nn.Module) -> dict[str, float]:
+def recorded_inputs(case: Case, model: nn.Module, quantizers: dict[str, Any]) -> dict[str, float]:
     """The reference keeps what each data quantizer got and gave; other layouts feed it the same and count."""
     from safetensors import safe_open
 
-    from megatron_edge.quantize.apply import enabled_quantizers
     from megatron_edge.train import step
 
     session = case.session
-    quantizers = {n: q for n, q in enabled_quantizers(model).items() if q.backend_extra_args["role"] != "weight"}
     if case.is_reference:
         seen: dict[str, Tensor] = {}
-
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                seen[name + ".in"], seen[name + ".out"] = inputs[0], output
-
-            return hook
-
-        handles = [quantizer.register_forward_hook(watch(name)) for name, quantizer in quantizers.items()]
-        step.run_forward(model, case.data.train.calibration(1).split(1), session)
-        for handle in handles:
-            handle.remove()
+        with watched(quantizers, lambda name, x, y: seen.update({name + ".in": x, name + ".out": y})):
+            step.run_forward(model, case.data.train.calibration(1).split(1), session)
         keep(case.file("recorded"), seen)
         return {}
     differing = 0
     with safe_open(str(case.file("recorded")), framework="pt") as stored, torch.no_grad():
         for name, quantizer in quantizers.items():
-            part = [
+            given, expected = (
                 input_of(name, stored.get_tensor(name + end), session.tp_rank, session.plan.tp)
                 for end in (".in", ".out")
-            ]
-            differing += num_differing(quantizer(part[0].contiguous().to(session.device)), part[1])
+            )
+            differing += num_differing(quantizer(given.contiguous().to(session.device)), expected)
     return {"recorded": float(differing)}
 
 
@@ -250,7 +265,9 @@ def train(case: Case, model: nn.Module) -> tuple[list[float], float | None]:
         if case.is_reference:
             keep(case.file("gradients"), gradients)
         else:
-            largest = max(float((a - b).abs().max()) for _, a, b in against_reference(case, "gradients", gradients))
+            largest = max(
+                float((a - b).abs().max()) for _, a, b in against_reference(case.file("gradients"), gradients, session)
+            )
     return losses, largest
 
 
@@ -309,8 +326,7 @@ def run_layout(job: Job, layout: str, session: Any) -> None:
         load_from = ([REFERENCE, *job.chain])[job.chain.index(layout)] if layout in job.chain else REFERENCE
         case = Case(config, plan, data, source, session, directory, layout, load_from, name)
         if name == "none":
-            difference = {"values": {"import": import_difference(case)}, "maxima": [], "choices": {}}
-            found[name] = merge(difference, session.plan.world_size)
+            found[name] = merge({"values": {"import": import_difference(case)}}, session.plan.world_size)
         else:
             found[name] = examine(case)
     if session.rank == 0:

@@ -1,6 +1,6 @@
 """Is a parallel layout the same model as one process? Import, calibration, checkpoints, quantizers and training losses.
 
-python tools/layout_parity.py [--source DIR_OR_GGUF] [--quant int4_awq nvfp4+fp8 ...] [--layouts PP2 TP3 DP2] [--out DIR]
+python tools/layout_parity.py [--source DIR_OR_GGUF] [--quant int4_awq nvfp4+fp8 ...] [--layouts PP2 TP3] [--out DIR]
 
 One process calibrates and saves; each layout loads that state (through the checkpoint that the layout before it saved)
 and is compared. One more process does everything again with matrix products summed in float64: the difference that the
@@ -47,10 +47,12 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 # What each value means, and the most that it may be; None: three times its noise floor.
 LIMITS: dict[str, tuple[str, float | None]] = {
     "import": ("import: largest logit difference from transformers", 2e-4),
-    "maxima": ("calibration from scratch: quantizers whose maximum is not equal", 0),
-    "alpha": ("calibration from scratch: AWQ exponents that differ and are no near-tie", 0),
+    "alpha": ("calibration: AWQ exponents that differ and are no near-tie", 0),
+    "noise": ("calibration: largest relative difference of a maximum before snapping", None),
+    "maxima": ("calibration: snapped maxima that differ, but on a rounding boundary", 0),
+    "unexplained": ("calibration: maxima that are not the weights' and the data's", 0),
     "loaded": ("checkpoint: weights and maxima that differ after loading", 0),
-    "own_blocks": ("checkpoint: block maxima that are not those of the rank's own weights", 0),
+    "own_blocks": ("checkpoint: block maxima that are not the rank's own weights'", 0),
     "saved": ("checkpoint: weights and maxima that differ, saved again", 0),
     "recorded": ("data quantizers: elements that differ on recorded inputs", 0),
     "losses": ("training: largest difference of a loss, data quantizers off", 1e-5),
@@ -83,7 +85,7 @@ class Row:
 
 
 class Float64Sums(TorchDispatchMode):
-    """Matrix products and norms are summed in float64 and rounded once: the same numbers, but for the order of their sums."""
+    """Matrix products and norms are summed in float64 and rounded once: the same but for the order of sums."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -281,16 +283,24 @@ def compared(one: dict[str, Any], again: dict[str, Any], here: dict[str, Any]) -
     """(value, detail) of each check: the layout `here` against `one` process; `again` is the noise floor's run."""
     apart, ties = exponents_apart(one, again, here)
     touched = {linear for name in [*apart, *ties] for linear in rescaled_by(name)}
-    maxima = [name for name in here["maxima"] if name.rsplit(".", 2)[0] not in touched]
-    values: dict[str, tuple[float, str]] = {"maxima": (len(maxima), ", ".join(maxima[:4]))}
+    noise = {name: value for name, value in here["noise"].items() if name.rsplit(".", 1)[0] not in touched}
+    floor = max(again["noise"].values())
+    differing = {name: here["maxima"][name] for name in noise if here["maxima"][name]}
+    moved = {name: f"{name}: {number} ({noise[name]:.1e})" for name, number in differing.items()}
+    unequal = [text for name, text in moved.items() if noise[name] > 3 * floor]
+    rounded = [text for name, text in moved.items() if noise[name] <= 3 * floor]
+    values: dict[str, tuple[float, str]] = {
+        "noise": (max(noise.values()), ""),
+        "maxima": (len(unequal), "; ".join([*unequal, *(f"on a rounding boundary: {text}" for text in rounded)])),
+    }
     if one["choices"]:
         values["alpha"] = (len(apart), "; ".join([*apart.values(), *(f"near-tie: {text}" for text in ties.values())]))
     values |= {check: (value, "") for check, value in here["values"].items() if check != "mean_loss"}
     differences = [abs(a - b) for a, b in zip(one["losses"], here["losses"], strict=True)]
-    values["losses"] = (max(differences), " ".join(f"{loss:.6f}" for loss in here["losses"]))
+    values["losses"] = (max(differences), "")
     if one["on_data"]:
         a, b = one["values"]["mean_loss"], here["values"]["mean_loss"]
-        values["mean_loss"] = (abs(a - b) / a, f"{a:.5f} {b:.5f}")
+        values["mean_loss"] = (abs(a - b) / a, f"{a:.5f} and {b:.5f} nats per token")
     return values
 
 
@@ -327,7 +337,7 @@ def print_table(rows: list[Row]) -> None:
     for row in rows:
         floor = "" if row.floor is None else f"{row.floor:.2g}"
         verdict = "" if row.ok else "  FAILED"
-        print(f"{row.layout:8}{row.format:18}{row.check:78}{row.value:10.2g}{row.limit:10.2g}{floor:>10}{verdict}")
+        print(f"{row.layout:8}{row.format:18}{row.check:72}{row.value:10.2g}{row.limit:10.2g}{floor:>10}{verdict}")
         if row.detail:
             print(f"{'':26}  {row.detail}")
 

@@ -21,6 +21,7 @@ from megatron_edge.quantize.state import PREFIX, amax_keys
 
 log = logging.getLogger("megatron_edge")
 
+
 @dataclass
 class Compressed:
     """What was written, as the manifest will say it; `dtype` is the one that the model was trained in."""

@@ -11,7 +11,6 @@ from megatron_edge.contracts import InputError, ParamRule
 from megatron_edge.log import quiet
 from megatron_edge.model.families import ModelDims, hf_shape, pieces
 
-
 # Megatron stores a norm with the linear layer that reads it, as TransformerEngine's fused layers have it.
 _STORED_AS = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",

@@ -61,10 +61,11 @@ def verify(config: RunConfig, launch: Launch) -> None:
     artifact = Path(config.artifact) if config.artifact else artifact_dir(config)
     run_dir = Path(config.reference or config.run_dir)
     if not (run_dir / CONFIG_FILE).is_file():
-        raise InputError(f"reference={run_dir}: no {CONFIG_FILE}; allowed: the directory of the run that trained {artifact}")
+        raise InputError(
+            f"reference={run_dir}: no {CONFIG_FILE}; allowed: the directory of the run that trained {artifact}"
+        )
     of_run = from_yaml((run_dir / CONFIG_FILE).read_text())
-    hf_config = json.loads((artifact / "config.json").read_text()) if (artifact / "config.json").is_file() else None
-    report = _verify(of_run, hf_config, artifact, run_dir)
+    report = _verify(of_run, _intact_config(artifact), artifact, run_dir)
     console().print(table(report))
     _raise_unless_ok(report, run_dir / "verify.json")
 
@@ -85,8 +86,22 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
     windows = Windows(batch.tokens, batch.documents, batch.positions, batch.loss_mask)
     loss = nats_per_token(load_model(reader, getattr(torch, reader.manifest.dtype)), windows)
     log.info(
-        "%s: %.4f nats/token, perplexity %.3f over %d tokens", directory, loss, torch.tensor(loss).exp(), windows.counted_tokens
+        "%s: %.4f nats/token, perplexity %.3f over %d tokens",
+        directory,
+        loss,
+        torch.tensor(loss).exp(),
+        windows.counted_tokens,
     )
+
+
+def _intact_config(artifact: Path) -> dict[str, Any] | None:
+    """config.json of an artifact; None where it is damaged, which verify is going to say."""
+    path = artifact / "config.json"
+    try:
+        listed = ArtifactReader(artifact).manifest.files.get(path.name)
+    except InputError:
+        return None
+    return json.loads(path.read_text()) if path.is_file() and sha256_of_file(path) == listed else None
 
 
 def artifact_dir(config: RunConfig) -> Path:
@@ -96,7 +111,9 @@ def artifact_dir(config: RunConfig) -> Path:
 def _export(config: RunConfig, source: ModelSource) -> None:
     found = checkpoints.newest_intact(Path(config.run_dir) / "checkpoints")
     if found is None:
-        raise InputError(f"run_dir={config.run_dir!r}: no intact checkpoint to export; allowed: a run that has saved one")
+        raise InputError(
+            f"run_dir={config.run_dir!r}: no intact checkpoint to export; allowed: a run that has saved one"
+        )
     hf_config = source.hf_config
     quant_plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(hf_config))
     directory = artifact_dir(config)
@@ -147,7 +164,9 @@ def _summary(config: RunConfig, report: Verification) -> None:
 
     run_dir = Path(config.run_dir)
     losses = json.loads((run_dir / "reference" / "reference.json").read_text())["losses"]
-    shown = Table("model", "held-out nats/token", "perplexity", title=f"{config.scenario or 'run'}: {config.quant.name}")
+    shown = Table(
+        "model", "held-out nats/token", "perplexity", title=f"{config.scenario or 'run'}: {config.quant.name}"
+    )
     labels = {"bf16": "as it came (bf16)", "fp32": "as it came (fp32)", "ptq": "calibrated (PTQ)", "trained": "trained"}
     for key, label in labels.items():
         if key in losses:
@@ -161,9 +180,17 @@ def _summary(config: RunConfig, report: Verification) -> None:
     reader = ArtifactReader(artifact_dir(config))
     before = sum(_bf16_bytes(reader))
     plan = json.loads((run_dir / "plan.json").read_text())
-    log.info("weights: %.1f MB, %.1f MB in bf16 (%.3f)", reader.size_bytes() / 1e6, before / 1e6, reader.size_bytes() / before)
     log.info(
-        "device %s: %.0f of %.0f MiB", config.device.name, plan["device_total_bytes"] / 2**20, plan["device"]["budget_bytes"] / 2**20
+        "weights: %.1f MB, %.1f MB in bf16 (%.3f)",
+        reader.size_bytes() / 1e6,
+        before / 1e6,
+        reader.size_bytes() / before,
+    )
+    log.info(
+        "device %s: %.0f of %.0f MiB",
+        config.device.name,
+        plan["device_total_bytes"] / 2**20,
+        plan["device"]["budget_bytes"] / 2**20,
     )
     log.info("artifact: %s", artifact_dir(config))
     log.info("next: python launch/evaluate.py run_dir=%s data.heldout=YOUR_TEXT", config.run_dir)

@@ -9,9 +9,10 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_edge import checks, config as configuration, memory
+from megatron_edge import checks, memory
+from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.model.source import open_source, resolve_source
@@ -39,7 +40,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     return config
 
 
-def native_precision(precision: str) -> str:
+def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
     """bf16 | fp32; "auto" is bf16 where the hardware multiplies it, else fp32: emulated bf16 is 20 times slower."""
     if precision != "auto":
         return precision
@@ -74,9 +75,13 @@ def _take_run_directory(config: RunConfig) -> None:
         partial.write_text(configuration.to_yaml(config))
         partial.replace(saved)
     except BlockingIOError:
-        raise InputError(f"run_dir={config.run_dir!r}: another job is at work there; allowed: another directory") from None
+        raise InputError(
+            f"run_dir={config.run_dir!r}: another job is at work there; allowed: another directory"
+        ) from None
     except OSError as error:
-        raise InputError(f"run_dir={config.run_dir!r} cannot be written: {error}; allowed: a writable directory") from None
+        raise InputError(
+            f"run_dir={config.run_dir!r} cannot be written: {error}; allowed: a writable directory"
+        ) from None
 
 
 def _write_plan(config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan) -> None:
@@ -104,7 +109,9 @@ def plan(config: RunConfig, launch: Launch) -> None:
     mib = 2**20
     for stage in memory.training_plan(config, hf_config, launch.plan):
         parts = (stage.weights_bytes, stage.gradients_bytes, stage.activations_bytes, stage.optimizer_bytes)
-        table.add_row(f"training, stage {stage.stage}", *(f"{part / mib:,.0f}" for part in (*parts, stage.total_bytes)), "")
+        table.add_row(
+            f"training, stage {stage.stage}", *(f"{part / mib:,.0f}" for part in (*parts, stage.total_bytes)), ""
+        )
     parts = (needed.weights_bytes, needed.kv_bytes, needed.activations_bytes, needed.workspace_bytes)
     totals = (needed.total_bytes, needed.budget_bytes)
     table.add_row(config.device.name, *(f"{part / mib:,.0f}" for part in (*parts, *totals)))

@@ -6,7 +6,6 @@ alone on it.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_edge import checkpoint as checkpoints
-from megatron_edge.contracts import InputError, ParallelPlan, QuantPlan, QuantReport
+from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
@@ -128,7 +127,9 @@ def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
             raise InputError(f"resume=must: no intact checkpoint in {run.checkpoint_dir}; allowed: auto, never")
         return None
     if found.extra["data"] != run.data.fingerprint:
-        raise InputError(f"data: {found.path} was trained on other data than data.train gives now; allowed: the same text")
+        raise InputError(
+            f"data: {found.path} was trained on other data than data.train gives now; allowed: the same text"
+        )
     if found.extra["model"] != run.source.fingerprint():
         raise InputError(f"model.source: {found.path} was trained from another model than {run.source.path}")
     log.info("resuming from %s", found.path)

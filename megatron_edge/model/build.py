@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.model.families import ModelDims, find_rule, pieces, rules_of
-from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
+from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
 

@@ -24,9 +24,7 @@ LLAMA = (
         "qkv",
     ),
     ParamRule(_LAYER + "self_attention.linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), 1),
-    ParamRule(
-        _LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), None, "replicate"
-    ),
+    ParamRule(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), None, "replicate"),
     ParamRule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),

@@ -282,7 +282,7 @@ def _checked(path: Path, kind: str, raw: dict[str, Any], store: _Store) -> Model
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The fast transformers tokenizer of a model's or an artifact's directory. Raises InputError where there is none."""
+    """The fast transformers tokenizer of a model's or artifact's directory. Raises InputError where there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = directory / "tokenizer_config.json"

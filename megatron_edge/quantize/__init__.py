@@ -1,1 +1,1 @@
-"""Quantizers in the model: which tensors (policy), insertion and calibration (apply), AWQ (awq), their state (state)."""
+"""Quantizers in the model: what is quantised (policy), insertion and calibration (apply), AWQ (awq), state."""

@@ -23,6 +23,7 @@ from megatron_edge.model.build import first_layer_of, global_name, unwrap
 from megatron_edge.model.layers import PackedAttention
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime import compat
+from megatron_edge.runtime.session import data_group, pipeline_group, tensor_group
 
 log = logging.getLogger("megatron_edge")
 
@@ -81,7 +82,6 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
 
 def _register() -> None:
     """modelopt knows Megatron's linear layers; it has to be told of our attention and of our numerics."""
-    from megatron.core import parallel_state
     from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
@@ -99,10 +99,7 @@ def _register() -> None:
         def _setup(self) -> None:
             self.k_bmm_quantizer = TensorQuantizer()
             self.v_bmm_quantizer = TensorQuantizer()
-            self.parallel_state = ParallelState(
-                parallel_state.get_data_parallel_group(with_context_parallel=True),
-                parallel_state.get_tensor_model_parallel_group(),
-            )
+            self.parallel_state = ParallelState(data_group(), tensor_group())
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return super().forward(query, self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs)
@@ -162,14 +159,12 @@ def _attributes(kind: str, group_size: int, args: dict[str, Any]) -> dict[str, A
 
 
 def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
-    from megatron.core import parallel_state
-
     patterns = [rule.pattern for rule in plan.rules] + list(plan.excluded)
     counts = torch.tensor([sum(fnmatch(name, pattern) for name in names) for pattern in patterns], dtype=torch.int64)
     if len(patterns) and dist.get_backend() == "nccl":
         counts = counts.cuda()
     if len(patterns):
-        dist.all_reduce(counts, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(counts, group=pipeline_group())
     matches = dict(zip(patterns, counts.tolist(), strict=True))
     empty = [pattern for pattern, count in matches.items() if count == 0]
     if empty:

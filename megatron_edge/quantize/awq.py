@@ -21,6 +21,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.contracts import QuantPlan
 from megatron_edge.model.build import first_layer_of, global_name, unwrap
 from megatron_edge.quantize.policy import rule_for
+from megatron_edge.runtime.session import gather_sequence, tensor_group
 
 log = logging.getLogger("megatron_edge")
 
@@ -59,7 +60,7 @@ def search_and_fold(
     """
     inner = unwrap(model)
     offset = first_layer_of(inner)
-    group = _tensor_group()
+    group = tensor_group()
     targets = {}
     for name, module in inner.named_modules():
         rule = rule_for(global_name(name, offset), plan)
@@ -90,9 +91,7 @@ def _collect(
         def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach()
             if sequence_parallel and not name.endswith("linear_fc2"):
-                from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
-                x = gather_from_sequence_parallel_region(x)
+                x = gather_sequence(x)
             x = x.reshape(-1, x.shape[-1]).float()
             seen = found.setdefault(name, _Statistics(total=torch.zeros_like(x[0])))
             first = -seen.count % stride
@@ -162,12 +161,6 @@ def _loss(weight: Tensor, x: Tensor, scale: Tensor, group_size: int, row_paralle
 def _sum(value: Tensor, group: Any) -> Tensor:
     dist.all_reduce(value, group=group)
     return value
-
-
-def _tensor_group() -> Any:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_group()
 
 
 def _fold(layer: nn.Module, linear: str, scale: Tensor) -> None:

@@ -29,7 +29,7 @@ def in_features(dims: ModelDims) -> dict[str, int]:
 
 
 def make_plan(quant: Any, kv: Any, dims: ModelDims) -> QuantPlan:
-    """`quant` has weight, activation, group_size, algorithm and exclude; `kv` has format (config.QuantConfig, KvConfig).
+    """`quant` has weight, activation, group_size, algorithm and exclude; `kv` has format (config.py).
 
     Raises:
         InputError: a weight format whose group divides no linear layer's input.

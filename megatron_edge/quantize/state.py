@@ -1,16 +1,17 @@
-"""Quantizer state as ordinary sharded tensors, cut like the weights they belong to, so that it reshards as they do.
+"""Quantizer state as ordinary shards of tensors, cut like the weights they belong to, so that it reshards as they do.
 
 modelopt's own sharded state misplaces block maxima of SwiGLU layers and refuses some layouts; none of it is used.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_edge.contracts import QuantPlan
+from megatron_edge.model.build import named_shards
 from megatron_edge.quantize.apply import enabled_quantizers, set_amax
 from megatron_edge.quantize.policy import rule_for
 
@@ -29,29 +30,29 @@ def block_shape(weight: Tensor, group_size: int) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1] // group_size
 
 
-def sharded_quantizer_state(model: nn.Module, plan: QuantPlan, *, tp_rank: int, tp: int, dp_rank: int) -> dict[str, Any]:
-    """Megatron ShardedTensors of every calibrated maximum of this shard; the data are what a load fills."""
-    from megatron.core.dist_checkpointing import ShardedTensor
+class AmaxShard(NamedTuple):
+    """This rank's part of a maximum: `axis` is the dimension that tensor parallelism splits, None where replicated."""
 
-    state = {}
+    data: Tensor
+    axis: int | None
+
+
+def quantizer_shards(model: nn.Module, plan: QuantPlan) -> dict[str, AmaxShard]:
+    """Every calibrated maximum of this shard by its key in a checkpoint."""
+    shards = {}
     for name, quantizer, block in _calibrated(model, plan):
-        amax = quantizer._amax
+        keys = amax_keys(name, block is not None)
         if block is None:
-            (key,) = amax_keys(name, False)
-            replica = (0, tp_rank, dp_rank)
-            state[key] = ShardedTensor.from_rank_offsets(key, amax.reshape(1), replica_id=replica)
+            shards[keys[0]] = AmaxShard(quantizer._amax.reshape(1), None)
             continue
         axis = 1 if name.split(".")[-2] in _ROW_PARALLEL else 0
-        keys = amax_keys(name, True)
-        for key, part in zip(keys, amax.reshape(block).chunk(len(keys)), strict=True):
-            state[key] = ShardedTensor.from_rank_offsets(
-                key, part.contiguous(), (axis, tp_rank, tp), replica_id=(0, 0, dp_rank)
-            )
-    return state
+        parts = quantizer._amax.reshape(block).chunk(len(keys))
+        shards.update((key, AmaxShard(part.contiguous(), axis)) for key, part in zip(keys, parts, strict=True))
+    return shards
 
 
 def set_quantizer_state(model: nn.Module, plan: QuantPlan, loaded: dict[str, Tensor]) -> None:
-    """Puts loaded maxima (this rank's shards, keys of `sharded_quantizer_state`) into the quantizers."""
+    """Puts loaded maxima (this rank's shards, by the keys of `quantizer_shards`) into the quantizers."""
     for name, quantizer, block in _calibrated(model, plan):
         parts = [loaded[key] for key in amax_keys(name, block is not None)]
         set_amax(quantizer, torch.cat([part.reshape(-1) for part in parts]) if block else parts[0].reshape(()))
@@ -73,8 +74,6 @@ def prepare_quantizer_state(model: nn.Module, plan: QuantPlan) -> None:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    from megatron_edge.model.build import named_shards
-
     return {name.removesuffix(".weight"): param for name, param in named_shards(model).items()}
 
 

@@ -43,7 +43,18 @@ _MODULES_NAMING_CUDA = (
     "dist_checkpointing.strategies.async_utils",
     "dist_checkpointing.exchange_utils",
 )
-_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like", "full_like")
+_FACTORIES = (
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "tensor",
+    "arange",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+)
 
 
 class _NoStream:
@@ -144,7 +155,10 @@ _HARMLESS_WARNINGS = (
     (r"Transformer ?Engine and Apex are not installed", "the same"),
     (r"transformers .* is not tested with current version of modelopt", "modelopt's Hugging Face path is not used"),
     (r"GPTModel\.sharded_state_dict is not the version ModelOpt patches", "we save quantizers ourselves"),
-    (r"Distributed training is initialized but no parallel_state is set .*QuantMLP", "an MLP holds no quantizer itself"),
+    (
+        r"Distributed training is initialized but no parallel_state is set .*QuantMLP",
+        "an MLP holds no quantizer itself",
+    ),
     (r"The given buffer is not writable", "modelopt's extra state, which we do not save"),
     (r"`load_state_dict` is deprecated and will be removed in future versions", "Megatron's call of torch"),
     (r"`torch\.jit\.script` is (deprecated|not supported)", "upstream's kernels, unused here"),

@@ -21,6 +21,34 @@ from megatron_edge.runtime.topology import describe
 log = logging.getLogger("megatron_edge")
 
 
+def tensor_group() -> Any:
+    """Process group of the ranks that share this rank's layers."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def pipeline_group() -> Any:
+    """Process group of the stages of this rank's model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def data_group() -> Any:
+    """Process group of the replicas of this rank's shard."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def gather_sequence(x: torch.Tensor) -> torch.Tensor:
+    """[s / tp, ...] of each rank of `tensor_group` -> [s, ...] on all of them."""
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    return gather_from_sequence_parallel_region(x)
+
+
 @dataclass(frozen=True)
 class Session:
     """Where this process stands in the job."""

@@ -68,7 +68,9 @@ def fit(
         for step in range(start_step, train.steps):
             began = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
-            result = train_step(model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session)
+            result = train_step(
+                model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session
+            )
             schedule.step(1)
             report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))
             done = step + 1
@@ -81,9 +83,7 @@ def fit(
                 raise StoppedBySignal(f"stopped by a signal after step {saved}; the same command continues there")
 
 
-def _metrics(
-    step: int, result: StepResult, learning_rate: float, seconds: float, session: Session
-) -> dict[str, float]:
+def _metrics(step: int, result: StepResult, learning_rate: float, seconds: float, session: Session) -> dict[str, float]:
     metrics: dict[str, float] = {
         "step": step,
         "loss_nats_per_token": result.loss,

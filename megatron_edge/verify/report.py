@@ -69,12 +69,12 @@ def verify_artifact(
     Raises:
         InputError: a directory is no artifact, or no reference.
     """
-    reader = ArtifactReader(artifact_dir)
-    integrity = parity.check_integrity(reader)
+    integrity = _check_integrity(artifact_dir)
     found = runtimes.Findings([integrity])
     if not integrity.ok:
         found.not_run["everything else"] = "the artifact itself is damaged"
     else:
+        reader = ArtifactReader(artifact_dir)
         reference = None if reference_dir is None else parity.read_reference(reference_dir)
         _merge(found, _check_model(reader, reference, limits))
         _merge(found, check_device(reader, limits))
@@ -84,8 +84,18 @@ def verify_artifact(
         )
     report = Verification(tuple(found.checks), found.not_run, found.losses)
     if output is not None:
-        _write(report, reader, output)
+        _write(report, artifact_dir, output)
     return report
+
+
+def _check_integrity(artifact_dir: Path) -> Check:
+    """A manifest that cannot be read is damage too; InputError only where there is none."""
+    try:
+        return parity.check_integrity(ArtifactReader(artifact_dir))
+    except InputError as error:
+        if not (artifact_dir / MANIFEST_FILE).is_file():
+            raise
+        return parity.failures("integrity", "tensors and files at fault", [str(error)])
 
 
 def _merge(found: runtimes.Findings, more: runtimes.Findings) -> None:
@@ -178,7 +188,7 @@ def _check_targets(
     return found
 
 
-def _write(report: Verification, reader: ArtifactReader, output: Path) -> None:
+def _write(report: Verification, artifact_dir: Path, output: Path) -> None:
     facts = {
         "ok": report.ok,
         "artifact": {
