@@ -74,12 +74,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
+    """`check` is a key of LIMITS; `floor` is what the order of sums alone makes of the value, in one process."""
+
     layout: str
     format: str
     check: str
     value: float
     limit: float
-    floor: float | None
+    floor: float
     ok: bool
     detail: str = ""
 
@@ -274,9 +276,9 @@ def judge(layouts: list[str], formats: list[str], directory: Path, import_floor:
 
 
 def _row(layout: str, name: str, check: str, value: float, floor: float, detail: str = "") -> Row:
-    text, fixed = LIMITS[check]
+    fixed = LIMITS[check][1]
     limit = 3 * floor if fixed is None else fixed
-    return Row(layout, name, text, value, limit, floor, bool(value <= limit), detail)
+    return Row(layout, name, check, value, limit, floor, bool(value <= limit), detail)
 
 
 def compared(one: dict[str, Any], again: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[float, str]]:
@@ -333,11 +335,10 @@ def rescaled_by(name: str) -> list[str]:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"\n{'layout':8}{'format':18}{'check':78}{'value':>10}{'limit':>10}{'floor':>10}")
+    print(f"\n{'layout':8}{'format':18}{'check':72}{'value':>10}{'limit':>10}{'floor':>10}")
     for row in rows:
-        floor = "" if row.floor is None else f"{row.floor:.2g}"
-        verdict = "" if row.ok else "  FAILED"
-        print(f"{row.layout:8}{row.format:18}{row.check:72}{row.value:10.2g}{row.limit:10.2g}{floor:>10}{verdict}")
+        numbers = f"{row.value:10.2g}{row.limit:10.2g}{row.floor:10.2g}"
+        print(f"{row.layout:8}{row.format:18}{LIMITS[row.check][0]:72}{numbers}{'' if row.ok else '  FAILED'}")
         if row.detail:
             print(f"{'':26}  {row.detail}")
 

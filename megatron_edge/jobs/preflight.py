@@ -15,8 +15,9 @@ from megatron_edge import checks, memory
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
-from megatron_edge.model.source import open_source, resolve_source
+from megatron_edge.model.source import ModelSource, open_source, resolve_source
 from megatron_edge.runtime.launcher import Launch
+from megatron_edge.train.data import load_data
 
 log = logging.getLogger("megatron_edge")
 
@@ -26,17 +27,20 @@ _held_locks: list[Any] = []  # open files: the lock lives as long as the process
 
 
 def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
-    """Rank 0, before the others get the configuration: the model is there and fits layout and device, and the run
-    directory is ours. Writes config.yaml and plan.json.
+    """Rank 0, before the others get the configuration: the model is there and fits layout and device, the run
+    directory is ours, and the text can be read (it is kept there, tokenised). Writes config.yaml and plan.json.
 
     Raises:
         InputError: any of it is not so.
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    hf_config = _checked_model(config)
-    memory.refuse_if_over(memory.plan(config, hf_config), config.device)
+    source = _checked_model(config)
+    memory.refuse_if_over(memory.plan(config, source.hf_config), config.device)
     _take_run_directory(config)
-    _write_plan(config, hf_config, layout)
+    seq_length, seed = config.train.seq_length_tokens, config.train.seed
+    load_data(config.data, source.tokenizer(), seq_length, seed, Path(config.run_dir) / "data")
+    _write_config(config)
+    _write_plan(config, source.hf_config, layout)
     return config
 
 
@@ -51,15 +55,15 @@ def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf1
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
-def _checked_model(config: RunConfig) -> dict[str, Any]:
+def _checked_model(config: RunConfig) -> ModelSource:
     source = open_source(resolve_source(config.model.source, config.model.revision))
     checks.check_model_dims(config, source.hf_config)
     source.tokenizer()
-    return source.hf_config
+    return source
 
 
 def _take_run_directory(config: RunConfig) -> None:
-    """Raises InputError where it cannot be written, holds another run, or another job is at work in it."""
+    """Raises InputError where it cannot be written, holds another run or nothing to resume, or has a job at work."""
     directory = Path(config.run_dir)
     saved = directory / CONFIG_FILE
     try:
@@ -69,11 +73,11 @@ def _take_run_directory(config: RunConfig) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if saved.exists() and config.resume != "never":
             configuration.check_same_run(configuration.from_yaml(saved.read_text()), config)
-        if config.resume == "never" and (directory / "checkpoints").exists():
-            shutil.rmtree(directory / "checkpoints")  # of another run, perhaps: a later resume must not find them
-        partial = saved.with_suffix(f".partial{os.getpid()}")
-        partial.write_text(configuration.to_yaml(config))
-        partial.replace(saved)
+        saves = directory / "checkpoints"
+        if config.resume == "must" and not any(saves.glob("step_*")):
+            raise InputError(f"resume=must: no checkpoint in {saves}; allowed: auto, never")
+        if config.resume == "never" and saves.exists():
+            shutil.rmtree(saves)  # of another run, perhaps: a later resume must not find them
     except BlockingIOError:
         raise InputError(
             f"run_dir={config.run_dir!r}: another job is at work there; allowed: another directory"
@@ -82,6 +86,13 @@ def _take_run_directory(config: RunConfig) -> None:
         raise InputError(
             f"run_dir={config.run_dir!r} cannot be written: {error}; allowed: a writable directory"
         ) from None
+
+
+def _write_config(config: RunConfig) -> None:
+    saved = Path(config.run_dir) / CONFIG_FILE
+    partial = saved.with_suffix(f".partial{os.getpid()}")
+    partial.write_text(configuration.to_yaml(config))
+    partial.replace(saved)
 
 
 def _write_plan(config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan) -> None:
@@ -103,7 +114,7 @@ def plan(config: RunConfig, launch: Launch) -> None:
     from megatron_edge.log import console
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    hf_config = _checked_model(config)
+    hf_config = _checked_model(config).hf_config
     needed = memory.plan(config, hf_config)
     table = Table("where", "weights", "KV / gradients", "activations", "runtime / optimizer", "total", "budget")
     mib = 2**20

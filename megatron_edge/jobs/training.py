@@ -6,6 +6,7 @@ alone on it.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -145,8 +146,21 @@ def _import_and_calibrate(run: _Run, model: nn.Module) -> None:
     report = _calibrate(run, model)
     if plan.rules or plan.kv != "none":
         run.losses["ptq"] = _evaluate(run, model, "calibrated, not trained")
-    run.extra["quant_report"] = asdict(report)
+    _write_report(run, report)
     _save(run, 0, model, None)
+
+
+def _write_report(run: _Run, mine: QuantReport) -> None:
+    """quant_report.json: what all stages' quantizers are and hold. All ranks call it."""
+    reports = [asdict(report) for report in run.session.gather(mine)]
+    merged = {
+        "matches_per_rule": mine.matches_per_rule,
+        "disabled": sorted({name for report in reports for name in report["disabled"]}),
+        "amax": {name: value for report in reports for name, value in sorted(report["amax"].items())},
+        "awq_alpha": {name: value for report in reports for name, value in sorted(report["awq_alpha"].items())},
+    }
+    if run.session.rank == 0:
+        (run.directory / "quant_report.json").write_text(json.dumps(merged, indent=1))
 
 
 def _calibrate(run: _Run, model: nn.Module) -> QuantReport:

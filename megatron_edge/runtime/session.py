@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron_edge.runtime import compat
 from megatron_edge.runtime.topology import describe
 
 log = logging.getLogger("megatron_edge")
+
+PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers")
 
 
 def tensor_group() -> Any:
@@ -82,6 +85,12 @@ class Session:
             raise answer[1]
         return answer[0]
 
+    def gather(self, mine: Any) -> list[Any]:
+        """What every rank holds, in rank order, on every rank. All ranks call it."""
+        everyone: list[Any] = [None] * self.plan.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
     def agree_any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank. All ranks call it."""
         value = torch.tensor(int(flag), device=self.device)
@@ -125,6 +134,7 @@ def open_session(
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
         log.info("%s, %s, %s; %s", describe(plan), device.type, dist.get_backend(), _accelerators())
+        log.info("%s", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
         yield Session(
             plan=plan,
             device=device,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, sha256_of_file
-from megatron_edge.contracts import Check, DeviceProfile, MemoryPlan, VerifyReport
+from megatron_edge.contracts import Check, DeviceProfile, InputError, MemoryPlan, VerifyReport
 from megatron_edge.verify import behaviour, parity, runtimes
 from megatron_edge.verify.quality import Scores, load_model
 
@@ -192,8 +192,8 @@ def _write(report: Verification, artifact_dir: Path, output: Path) -> None:
     facts = {
         "ok": report.ok,
         "artifact": {
-            "directory": str(reader.directory),
-            "manifest_sha256": sha256_of_file(reader.directory / MANIFEST_FILE),
+            "directory": str(artifact_dir),
+            "manifest_sha256": sha256_of_file(artifact_dir / MANIFEST_FILE),
         },
         "checks": [dataclasses.asdict(check) for check in report.checks],
         "not_run": report.not_run,

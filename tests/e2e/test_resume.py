@@ -234,5 +234,3 @@ def test_sigterm_to_torchrun_saves(gateway_run: Run, tmp_path: Path) -> None:
     done = run("qat", *command, "resume=must", directory=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert_equal_runs(tmp_path / "run", gateway_run.directory)
-
-
