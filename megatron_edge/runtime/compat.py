@@ -25,23 +25,14 @@ MODELOPT_VERSIONS = ("0.47.0",)
 _MODULES_NAMING_CUDA = (
     "tensor_parallel.layers",
     "tensor_parallel.mappings",
-    "tensor_parallel.utils",
     "pipeline_parallel.schedules",
     "pipeline_parallel.p2p_communication",
     "distributed.param_and_grad_buffer",
-    "distributed.finalize_model_grads",
-    "distributed.distributed_data_parallel",
     "optimizer.optimizer",
     "optimizer.clip_grads",
-    "optimizer.grad_scaler",
-    "models.common.embeddings.rotary_pos_embedding",
-    "models.common.embeddings.rope_utils",
-    "transformer.utils",
     "utils",
     "dist_checkpointing.strategies.filesystem_async",
     "dist_checkpointing.strategies.state_dict_saver",
-    "dist_checkpointing.strategies.async_utils",
-    "dist_checkpointing.exchange_utils",
 )
 _FACTORIES = (
     "zeros",

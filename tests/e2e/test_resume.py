@@ -169,7 +169,7 @@ def refused(gateway_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[
         ("model", ["run_dir=", "model.source=", "other_model", "tiny_model"]),
         ("recipe", ["run_dir=", "quant.weight='int4' (there: 'nvfp4')"]),
         ("rate", ["run_dir=", "train.learning_rate=0.002 (there: 0.001)"]),
-        ("nothing", ["resume=must", "no intact checkpoint"]),
+        ("nothing", ["resume=must", "no checkpoint in"]),
     ],
 )
 def test_what_cannot_be_resumed_is_refused(case: str, words: list[str], refused: dict[str, Finished]) -> None:

@@ -1,0 +1,252 @@
+"""AWQ: the search against a plain loop and against modelopt's, and the fold against the model before it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
+from torch import Tensor, nn
+
+from megatron_edge.artifact import formats
+from megatron_edge.contracts import QuantPlan, QuantRule
+from megatron_edge.quantize import apply, awq
+from megatron_edge.quantize.policy import LINEARS
+from megatron_edge.train import step
+from tools.layout_parity import Float64Sums
+
+GROUP = 32
+PLAN = QuantPlan(
+    weight="int4",
+    activation="none",
+    kv="fp8",
+    group_size=GROUP,
+    algorithm="awq",
+    rules=tuple(QuantRule(pattern, "int4", "none", GROUP) for pattern in LINEARS),
+)
+# Megatron's linear layer -> the transformers module whose input it shares, and the modules that it stands for.
+TWINS = {
+    "self_attention.linear_qkv": ("self_attn.q_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "mlp.linear_fc1": ("mlp.gate_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    "mlp.linear_fc2": ("mlp.down_proj", ("mlp.down_proj",)),
+}
+NUM_TOKENS = 256
+
+
+@dataclass
+class Folded:
+    """A model before and after, and what the search chose."""
+
+    before: dict[str, Tensor]
+    model: nn.Module
+    logits_before: Tensor
+    logits_after: Tensor
+    choices: dict[str, awq.AwqChoice]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Any]:
+    with one_process() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return random_llama()
+
+
+def fold(llama: Any, session: Any, sums: contextlib.AbstractContextManager[Any]) -> Folded:
+    model, batches = megatron_twin(llama, session), random_batches(4)
+    assert sum(batch.tokens.numel() for batch in batches) == NUM_TOKENS
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    with sums:
+        logits = step.token_logits(model, batches, session)
+
+        def forward_loop(_: nn.Module) -> None:
+            step.run_forward(model, batches, session)
+
+        choices = awq.search_and_fold(model, PLAN, forward_loop, calib_tokens=NUM_TOKENS, awq_tokens=NUM_TOKENS)
+        after = step.token_logits(model, batches, session)
+    assert logits is not None and after is not None
+    return Folded(before, model, logits, after, choices)
+
+
+@pytest.fixture(scope="module")
+def folded(llama: Any, session: Any) -> Folded:
+    return fold(llama, session, contextlib.nullcontext())
+
+
+@pytest.fixture(scope="module")
+def reordered(llama: Any, session: Any) -> Folded:
+    """The same with every matrix product summed in float64: what the order of sums alone changes."""
+    return fold(llama, session, Float64Sums())
+
+
+def scale_of(run: Folded, name: str) -> Tensor:
+    """The scale [in] that a linear's folded weight holds. up_proj's rows also hold another: gate_proj's tell."""
+    old, new = run.before[name + ".weight"], run.model.get_parameter(name + ".weight").detach()
+    rows = len(old) // 2 if name.endswith("linear_fc1") else len(old)
+    largest = old[:rows].abs().argmax(0)
+    return new[:rows].gather(0, largest[None])[0] / old[:rows].gather(0, largest[None])[0]
+
+
+def test_the_unquantised_model_is_unchanged(folded: Folded, reordered: Folded) -> None:
+    """Folding rounds each scaled weight once more: as little as summing in another order does."""
+    floor = float((folded.logits_before - reordered.logits_before).abs().max())
+    difference = float((folded.logits_before - folded.logits_after).abs().max())
+    print(
+        f"largest logit difference {difference:.2g} of {float(folded.logits_before.abs().max()):.3g}, floor {floor:.2g}"
+    )
+    assert 0 < difference <= 3 * floor
+    for name in folded.choices:
+        scale = scale_of(folded, name)
+        assert float(scale.max() / scale.min()) > 1.5, "nothing was folded: the test would show nothing"
+
+
+def test_the_choice_for_a_projection_without_a_place_is_none(folded: Folded) -> None:
+    """o_proj's input channels come from value heads that query heads share: nothing can take up its scale."""
+    for name, old in folded.before.items():
+        if name.endswith("linear_proj.weight"):
+            assert torch.equal(folded.model.get_parameter(name), old)
+    assert not any("linear_proj" in name for name in folded.choices)
+
+
+def test_nothing_is_left_behind(llama: Any, session: Any) -> None:
+    """After insertion and calibration too, and what the quantised model does with its weights is what formats says."""
+    run = fold(llama, session, contextlib.nullcontext())
+    matches = apply.insert_quantizers(run.model, PLAN)
+    batches = random_batches(4)
+    apply.calibrate(run.model, PLAN, matches, lambda _: step.run_forward(run.model, batches, session))
+    for name, module in run.model.named_modules():
+        left = [key for key in vars(module) if "pre_quant_scale" in key and getattr(module, key) is not None]
+        left = [key for key in left if not isinstance(getattr(module, key), bool)]
+        assert not left and getattr(module, "pre_quant_scale", None) is None, (name, left)
+    assert not [key for key in run.model.state_dict() if "pre_quant_scale" in key]
+    for name, quantizer in apply.enabled_quantizers(run.model).items():
+        if name.endswith("weight_quantizer"):
+            weight = run.model.get_parameter(name.removesuffix("_quantizer")).detach()
+            amax = formats.snap_amax("int4", formats.weight_amax("int4", weight, GROUP))
+            assert torch.equal(quantizer._amax.view_as(amax), amax)
+
+
+def inputs_of(llama: Any) -> dict[str, Tensor]:
+    """[tokens, in] of each module of TWINS, as transformers' own forward sees them."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for layer, block in enumerate(llama.model.layers):
+        for name, (twin, _) in TWINS.items():
+            kept = seen.setdefault(f"decoder.layers.{layer}.{name}", [])
+            hook = lambda _, args, kept=kept: kept.append(args[0].flatten(0, -2).detach())  # noqa: E731
+            handles.append(block.get_submodule(twin).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for batch in random_batches(4):
+            llama(batch.tokens)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(kept) for name, kept in seen.items()}
+
+
+def plain_search(weight: Tensor, x: Tensor, *, stored_scale: bool) -> list[tuple[float, Tensor]]:
+    """(loss, scale) of every exponent, in float64: arXiv 2306.00978 as modelopt 0.47 words it (model_calib.py:1470).
+
+    Codes are rounded with the scale that will be stored, or (as modelopt does) with the group's amax / 7 in fp32.
+    """
+    weight, x = weight.double(), x.double()
+    activity = x.abs().mean(0)
+    relative = torch.empty_like(weight)
+    for begin in range(0, weight.shape[1], GROUP):
+        block = weight[:, begin : begin + GROUP].abs()
+        relative[:, begin : begin + GROUP] = block / block.amax(1, keepdim=True)
+    out = []
+    for tenth in range(11):
+        alpha = tenth / 10
+        scale = (activity**alpha / relative.mean(0) ** (1 - alpha)).clamp(1e-4, 1e4)
+        scale /= math.sqrt(float(scale.max() * scale.min()))
+        error = torch.empty_like(weight)
+        for begin in range(0, weight.shape[1], GROUP):
+            here = slice(begin, begin + GROUP)
+            scaled = (weight[:, here] * scale[here]).float()
+            amax = scaled.abs().amax(1, keepdim=True)
+            unit = formats.snap_amax("int4", amax) / 7 if stored_scale else amax / 7
+            codes = (scaled / unit).round().clamp(-8, 7)
+            error[:, here] = (codes * unit).double() / scale[here] - weight[:, here]
+        out.append((float((x @ error.t()).pow(2).sum()), scale))
+    return out
+
+
+def twin_weight(llama: Any, name: str) -> Tensor:
+    """The rows of the transformers modules that `name` stands for, in any order."""
+    layer, kind = name.split(".", 3)[2:]
+    block = llama.model.layers[int(layer)]
+    return torch.cat([block.get_submodule(twin).weight.detach() for twin in TWINS[kind][1]])
+
+
+def relative_difference(losses: list[tuple[float, float]]) -> float:
+    return max(abs(a - b) / b for a, b in losses)
+
+
+def test_the_search_equals_a_plain_loop(folded: Folded, reordered: Folded, llama: Any) -> None:
+    """Exponents exactly, losses and scales to three times what the order of sums makes."""
+    loss_floor = relative_difference(
+        [
+            pair
+            for n in folded.choices
+            for pair in zip(reordered.choices[n].losses, folded.choices[n].losses, strict=True)
+        ]
+    )
+    scales = [(scale_of(reordered, name), scale_of(folded, name)) for name in folded.choices]
+    scale_floor = max(float(((a - b) / b).abs().max()) for a, b in scales)
+    inputs = inputs_of(llama)
+    losses, differences = [], []
+    assert len(folded.choices) == len(inputs) == 6
+    for name, choice in folded.choices.items():
+        found = plain_search(twin_weight(llama, name), inputs[name], stored_scale=True)
+        losses += list(zip(choice.losses, [loss for loss, _ in found], strict=True))
+        best = min(range(11), key=lambda i: found[i][0])
+        assert choice.alpha == best / 10, name
+        differences.append(float((scale_of(folded, name) / found[best][1] - 1).abs().max()))
+    print(f"losses {relative_difference(losses):.2g}, floor {loss_floor:.2g}; ", end="")
+    print(f"scales {max(differences):.2g}, floor {scale_floor:.2g}")
+    assert relative_difference(losses) <= 3 * loss_floor
+    assert max(differences) <= 3 * scale_floor
+
+
+def test_the_search_beside_modelopts(folded: Folded, reordered: Folded, llama: Any, session: Any) -> None:
+    """modelopt's awq_lite on the same model and tokens finds the same exponents. Its losses are a mean per batch and
+    are taken with a group scale of amax / 7 in fp32, ours is the fp16 scale that will be stored; the plain loop with
+    modelopt's scale gives modelopt's losses. (It also searches o_proj, which we leave alone.)"""
+    import modelopt.torch.quantization as mtq
+
+    model, batches = megatron_twin(llama, session), random_batches(4)
+    int4 = {"num_bits": 4, "block_sizes": {-1: GROUP, "type": "static"}}
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries += [{"quantizer_name": f"*{name}.weight_quantizer", "cfg": int4} for name in TWINS]
+    config = {"quant_cfg": entries, "algorithm": {"method": "awq_lite", "debug": True}}
+    mtq.quantize(model, config, lambda _: step.run_forward(model, batches, session))
+    floor = relative_difference(
+        [
+            pair
+            for n in folded.choices
+            for pair in zip(reordered.choices[n].losses, folded.choices[n].losses, strict=True)
+        ]
+    )
+    inputs = inputs_of(llama)
+    ours, plain = [], []
+    for name, choice in folded.choices.items():
+        theirs = model.get_submodule(name).awq_lite
+        weight = twin_weight(llama, name)
+        elements_per_batch = NUM_TOKENS // len(batches) * len(weight)
+        losses = [loss * elements_per_batch for loss in theirs.loss.values()]
+        plain += list(
+            zip(losses, [loss for loss, _ in plain_search(weight, inputs[name], stored_scale=False)], strict=True)
+        )
+        ours += list(zip(choice.losses, losses, strict=True))
+        assert choice.alpha == round(theirs.best_alpha, 1), name
+    print(f"losses: ours against modelopt's {relative_difference(ours):.2g}; ", end="")
+    print(f"modelopt's against the plain loop {relative_difference(plain):.2g}, floor {floor:.2g}")
+    assert relative_difference(plain) <= 3 * floor
