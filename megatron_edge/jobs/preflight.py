@@ -39,6 +39,8 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     _take_run_directory(config)
     seq_length, seed = config.train.seq_length_tokens, config.train.seed
     load_data(config.data, source.tokenizer(), seq_length, seed, Path(config.run_dir) / "data")
+    if config.resume == "never":
+        _clear(Path(config.run_dir))
     _write_config(config)
     _write_plan(config, source.hf_config, layout)
     return config
@@ -76,8 +78,6 @@ def _take_run_directory(config: RunConfig) -> None:
         saves = directory / "checkpoints"
         if config.resume == "must" and not any(saves.glob("step_*")):
             raise InputError(f"resume=must: no checkpoint in {saves}; allowed: auto, never")
-        if config.resume == "never" and saves.exists():
-            shutil.rmtree(saves)  # of another run, perhaps: a later resume must not find them
     except BlockingIOError:
         raise InputError(
             f"run_dir={config.run_dir!r}: another job is at work there; allowed: another directory"
@@ -86,6 +86,14 @@ def _take_run_directory(config: RunConfig) -> None:
         raise InputError(
             f"run_dir={config.run_dir!r} cannot be written: {error}; allowed: a writable directory"
         ) from None
+
+
+def _clear(run_dir: Path) -> None:
+    """Removes what another run left there, so that nothing of it is resumed, verified or believed."""
+    for name in ("checkpoints", "reference", "artifact"):
+        if (run_dir / name).exists():
+            shutil.rmtree(run_dir / name)
+    (run_dir / "verify.json").unlink(missing_ok=True)
 
 
 def _write_config(config: RunConfig) -> None:

@@ -152,6 +152,8 @@ _HARMLESS_WARNINGS = (
     ),
     (r"The given buffer is not writable", "modelopt's extra state, which we do not save"),
     (r"`load_state_dict` is deprecated and will be removed in future versions", "Megatron's call of torch"),
+    (r"Attempting to run cuBLAS, but there was no current CUDA context", "torch then makes the context itself"),
+    (r".*all_gather_into_tensor.* is deprecated", "Megatron's call of torch"),
     (r"`torch\.jit\.script` is (deprecated|not supported)", "upstream's kernels, unused here"),
 )
 

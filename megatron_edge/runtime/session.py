@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ def open_session(
 
     `store` is the rendezvous store of the launch; None for a single process.
     """
+    # Megatron wants one queue per device, so that tensor-parallel communication starts before the work it hides behind.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     compat.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

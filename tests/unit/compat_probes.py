@@ -1,7 +1,7 @@
 """For test_compat.py, under torchrun with two processes: what upstream does across ranks, without and with our patch.
 
-Each probe does one thing with upstream's own function and says whether the result is plain torch's. Without the patch it
-must fail on each rank before anything is sent, or the other rank would wait. Argument: the JSON file to write.
+Each probe does one thing with upstream's own function and says whether the result is plain torch's. Without the patch
+it must fail on each rank before anything is sent, or the other rank would wait. Argument: the JSON file to write.
 """
 
 from __future__ import annotations
