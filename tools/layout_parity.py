@@ -35,13 +35,14 @@ FORMATS = ("int4_awq", "nvfp4", "nvfp4_w4a16", "fp8")
 
 # Sizes of the random models: everything that TP2 and TP3 cut is a whole number of quantisation groups.
 _TINY = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12,
-         "num_key_value_heads": 6, "head_dim": 32, "vocab_size": 600, "max_position_embeddings": 256}  # fmt: skip
+         "num_key_value_heads": 6, "head_dim": 32, "vocab_size": 600, "max_position_embeddings": 256,
+         "initializer_range": 0.08}  # fmt: skip
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "tiny": _TINY | {"tie_word_embeddings": True},
     "untied": _TINY | {"tie_word_embeddings": False},
     "small": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "num_attention_heads": 12,
               "num_key_value_heads": 6, "head_dim": 64, "vocab_size": 6144, "max_position_embeddings": 2048,
-              "tie_word_embeddings": True},
+              "initializer_range": 0.04, "tie_word_embeddings": True},
 }  # fmt: skip
 
 # What each value means, and the most that it may be; None: three times its noise floor.
@@ -109,6 +110,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from megatron_edge.contracts import InputError
 
+    os.environ.setdefault("TQDM_DISABLE", "1")
     with tempfile.TemporaryDirectory() as scratch:
         directory = (arguments.out or Path(scratch)).absolute()
         directory.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(20)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.08, rms_norm_eps=1e-5))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-5))
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):  # ones would hide a norm that is applied to the wrong layer
             weight.data.uniform_(0.5, 1.5)

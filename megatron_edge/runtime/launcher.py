@@ -285,6 +285,7 @@ def _report(error: BaseException, processes: Processes, store: Store | None) -> 
     if _is_first(store, processes, "crash"):
         sys.stderr.write("".join(f"{where}{line}" for line in _traceback_lines(error)))
     else:  # most likely because the first one is gone
+        time.sleep(1)  # the first one speaks and leaves first: torchrun calls what it sees ended first the root cause
         sys.stderr.write(f"{where}ended after another rank's failure: {type(error).__name__}\n")
     return 1
 

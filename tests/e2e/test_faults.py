@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def test_a_failing_rank_speaks_first_and_ends_all(gateway_run: Run, tmp_path: Pa
     assert ours and ours[0].startswith("[rank 1 of 2] Traceback"), done.stderr
     assert any(line.startswith("[rank 1 of 2] OSError") and "File too large" in line for line in ours), done.stderr
     assert len([line for line in ours if line.startswith("[rank 0 of 2]")]) <= 1, "rank 0 only says that it ended too"
+    assert re.search(r"Root Cause.*?rank\s+: 1 ", done.stderr, re.DOTALL), "torchrun says so too"
     assert checkpoints(run_dir) == [0], "what was there before"
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, CHECKPOINT_EVERY_STEPS + 1))
 

@@ -127,6 +127,18 @@ def test_export_and_evaluate_alone_on_a_run(gateway_run: Run, tmp_path: Path) ->
     assert f"{loss:.4f} nats/token" in done.stderr
 
 
+@pytest.mark.long
+def test_the_next_command_that_is_printed(gateway_run: Run, tmp_path: Path) -> None:
+    """The last line of a job, with a text of one's own."""
+    command = next(line for line in gateway_run.done.stderr.splitlines() if "next: python launch/" in line)
+    job, *arguments = command.split("launch/")[1].split()
+    (tmp_path / "own.txt").write_text(topics["assignment"])
+    arguments = [argument.replace("YOUR_TEXT", str(tmp_path / "own.txt")) for argument in arguments]
+    done = run(job.removesuffix(".py"), *arguments, directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nats/token, perplexity" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
