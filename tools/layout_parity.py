@@ -110,7 +110,6 @@ def main() -> int:
     arguments = parser.parse_args()
     from megatron_edge.contracts import InputError
 
-    os.environ.setdefault("TQDM_DISABLE", "1")
     with tempfile.TemporaryDirectory() as scratch:
         directory = (arguments.out or Path(scratch)).absolute()
         directory.mkdir(parents=True, exist_ok=True)
@@ -176,9 +175,11 @@ def compose(job_arguments: list[str], name: str) -> Any:
 
 def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:
     """A Llama with random weights, large enough to matter, and a tokenizer with a token per byte."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(20)
     model = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-5))
     for name, weight in model.named_parameters():
@@ -215,9 +216,11 @@ def write_import_windows(source: Path, directory: Path) -> float:
     """
     from pydoc_data.topics import topics
 
+    import transformers
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     size = SEQ_LENGTH_TOKENS
     where = {"gguf_file": source.name} if source.is_file() else {}
     folder = source.parent if source.is_file() else source
@@ -290,15 +293,17 @@ def compared(one: dict[str, Any], again: dict[str, Any], here: dict[str, Any]) -
     noise = {name: value for name, value in here["noise"].items() if name.rsplit(".", 1)[0] not in touched}
     floor = max(again["noise"].values())
     differing = {name: here["maxima"][name] for name in noise if here["maxima"][name]}
-    moved = {name: f"{name}: {number} ({noise[name]:.1e})" for name, number in differing.items()}
-    unequal = [text for name, text in moved.items() if noise[name] > 3 * floor]
-    rounded = [text for name, text in moved.items() if noise[name] <= 3 * floor]
+    unequal = [f"{name}: {number}" for name, number in differing.items() if noise[name] > 3 * floor]
+    rounded = [f"{name}: {number}" for name, number in differing.items() if noise[name] <= 3 * floor]
     values: dict[str, tuple[float, str]] = {
         "noise": (max(noise.values()), ""),
-        "maxima": (len(unequal), "; ".join([*unequal, *(f"on a rounding boundary: {text}" for text in rounded)])),
+        "maxima": (len(unequal), _listed("unequal", unequal) + _listed("on a rounding boundary", rounded)),
     }
     if one["choices"]:
-        values["alpha"] = (len(apart), "; ".join([*apart.values(), *(f"near-tie: {text}" for text in ties.values())]))
+        values["alpha"] = (
+            len(apart),
+            _listed("apart", list(apart.values())) + _listed("near-ties", list(ties.values())),
+        )
     values |= {check: (value, "") for check, value in here["values"].items() if check != "mean_loss"}
     differences = [abs(a - b) for a, b in zip(one["losses"], here["losses"], strict=True)]
     values["losses"] = (max(differences), "")
@@ -306,6 +311,10 @@ def compared(one: dict[str, Any], again: dict[str, Any], here: dict[str, Any]) -
         a, b = one["values"]["mean_loss"], here["values"]["mean_loss"]
         values["mean_loss"] = (abs(a - b) / a, f"{a:.5f} and {b:.5f} nats per token")
     return values
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    return f"{len(names)} {kind}: {'; '.join(names)}. " if names else ""
 
 
 def exponents_apart(
@@ -342,7 +351,7 @@ def print_table(rows: list[Row]) -> None:
         numbers = f"{row.value:10.2g}{row.limit:10.2g}{row.floor:10.2g}"
         print(f"{row.layout:8}{row.format:18}{LIMITS[row.check][0]:72}{numbers}{'' if row.ok else '  FAILED'}")
         if row.detail:
-            print(f"{'':26}  {row.detail}")
+            print(f"{'':28}{row.detail if len(row.detail) < 400 else row.detail[:400] + ' ... (report.json has all)'}")
 
 
 if __name__ == "__main__":

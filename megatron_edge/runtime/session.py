@@ -125,6 +125,7 @@ def open_session(
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if cuda else None,
     )
+    failed = True
     try:
         parallel_state.initialize_model_parallel(
             plan.tp,
@@ -147,9 +148,13 @@ def open_session(
             dp_rank=parallel_state.get_data_parallel_rank(),
         )
         dist.barrier()
+        failed = False
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        # To close the groups under a failure would fail the other ranks before this one has said why: there they are
+        # left to the end of the process, which is near.
+        if not failed or plan.world_size == 1:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def _accelerators() -> str:

@@ -308,7 +308,9 @@ WARNING_SOURCES = (
     ("initialized but no parallel_state is set", "modelopt/torch/quantization/nn/modules/quant_module.py"),
     ("`load_state_dict` is deprecated and will be removed", "torch/distributed/checkpoint/state_dict_loader.py"),
     ("`torch.jit.script` is deprecated", "torch/jit/_script.py"),
+    ("`torch.distributed.all_gather_into_tensor` is deprecated", "torch/distributed/distributed_c10d.py"),
 )
+ON_CUDA_ONLY = "Attempting to run cuBLAS"  # in CUDABlas.cpp, which a CPU build of torch lacks
 
 
 def test_each_silenced_warning_is_still_given() -> None:
@@ -317,7 +319,8 @@ def test_each_silenced_warning_is_still_given() -> None:
     sources = {text: (packages / file).read_text() for text, file in WARNING_SOURCES}
     joined = {text: re.sub(r'"\s*\n\s*f?"|\'\s*\n\s*f?\'', "", source) for text, source in sources.items()}
     assert [text for text, source in joined.items() if text not in source] == []
-    covered = {i for i, pattern in enumerate(silenced) for text, _ in WARNING_SOURCES if _covers(pattern, text)}
+    covered = {i for i, pattern in enumerate(silenced) if pattern.pattern.startswith(ON_CUDA_ONLY)}
+    covered |= {i for i, pattern in enumerate(silenced) for text, _ in WARNING_SOURCES if _covers(pattern, text)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.set_warn_always(True)  # else it may have been given already, once per process
