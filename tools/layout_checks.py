@@ -86,9 +86,7 @@ def examine(case: Case) -> dict[str, Any]:
         found["values"] |= recorded_inputs(case, model, on_data)
         found["values"]["mean_loss"] = evaluate(case, model)
     with switched_off(list(on_data.values())):
-        losses, gradient_difference = train(case, model)
-    if gradient_difference is not None:
-        found["values"]["gradient"] = gradient_difference
+        losses = train(case, model, found["values"])
     return merge(found, case.session.plan.world_size) | {"losses": losses, "on_data": bool(on_data)}
 
 
@@ -243,8 +241,9 @@ def switched_off(quantizers: list[Any]) -> Iterator[None]:
             quantizer.enable()
 
 
-def train(case: Case, model: nn.Module) -> tuple[list[float], float | None]:
-    """The losses of the first steps and the largest difference of a gradient after the first one."""
+def train(case: Case, model: nn.Module, values: dict[str, float]) -> list[float]:
+    """The losses of the first steps; into `values` the largest difference of a gradient after the first one, and what
+    `quantised_alike` says before the last."""
     from megatron_edge.model.build import named_shards
     from megatron_edge.train import step
     from megatron_edge.train.data import BatchPlan
@@ -254,8 +253,10 @@ def train(case: Case, model: nn.Module) -> tuple[list[float], float | None]:
     schedule = step.learning_rate_schedule(optimizer, settings)
     schedule.step(1)
     batches = BatchPlan(case.data.train, settings.global_batch, settings.micro_batch)
-    losses, largest = [], None
+    losses = []
     for at in range(settings.steps):
+        if at == settings.steps - 1:
+            values |= quantised_alike(case, wrapped, batches.micro_batches(at, 0, 1))
         micro_batches = batches.micro_batches(at, session.dp_rank, session.plan.dp)
         losses.append(step.train_step(wrapped, optimizer, micro_batches, session).loss)
         schedule.step(1)
@@ -264,11 +265,42 @@ def train(case: Case, model: nn.Module) -> tuple[list[float], float | None]:
         gradients = {name: param.main_grad for name, param in named_shards(wrapped).items()}
         if case.is_reference:
             keep(case.file("gradients"), gradients)
-        else:
-            largest = max(
-                float((a - b).abs().max()) for _, a, b in against_reference(case.file("gradients"), gradients, session)
-            )
-    return losses, largest
+            continue
+        compared = against_reference(case.file("gradients"), gradients, session)
+        values["gradient"] = max(float((a - b).abs().max()) for _, a, b in compared)
+    return losses
+
+
+@torch.no_grad()
+def quantised_alike(case: Case, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    """Weights that differ in their last bits may lie on two sides of a rounding boundary, and the scale of a block may.
+
+    Returns:
+        The largest difference of a weight; how many are quantised to another value than the reference's; the loss of
+        `batches` with those, and only those, put back.
+    """
+    from megatron_edge.model.build import named_shards
+    from megatron_edge.quantize.apply import enabled_quantizers, quantizers_off
+    from megatron_edge.train import step
+
+    weights, quantizers = named_shards(model), enabled_quantizers(model)
+    if case.is_reference:
+        keep(case.file("trained"), weights)
+        return {}
+    largest, flipped, kept = 0.0, 0, {}
+    for name, mine, theirs in against_reference(case.file("trained"), weights, case.session):
+        largest = max(largest, float((mine - theirs).abs().max()))
+        quantizer = quantizers.get(name + "_quantizer")
+        if quantizer is not None:
+            kept[name] = weights[name].detach().clone()
+            used, wanted = quantizer(kept[name]), quantizer(theirs.contiguous().to(case.session.device))
+            flipped += int((used != wanted).sum())
+            weights[name].copy_(torch.where(used != wanted, wanted, used))
+    with quantizers_off(model):
+        loss = step.evaluate(model, batches, case.session)
+    for name, weight in kept.items():
+        weights[name].copy_(weight)
+    return {"weight": largest, "flipped": float(flipped), "restored": loss}
 
 
 def import_difference(case: Case) -> float:

@@ -50,7 +50,7 @@ def three_processes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected_checks(name: str) -> set[str]:
-    checks = {"noise", "maxima", "unexplained", "loaded", "saved", "losses", "gradient"}
+    checks = {"noise", "maxima", "unexplained", "loaded", "saved", "losses", "gradient", "weight", "restored"}
     if name.startswith("int4_awq"):
         checks |= {"alpha", "own_blocks"}
     if "+" in name or name in ("nvfp4", "fp8"):
@@ -80,6 +80,22 @@ def test_three_tensor_parallel_processes_are_the_same_model(three_processes_dir:
 
 def _wrong_loss(found: dict[str, Any]) -> None:
     found["losses"][3] += 2e-5
+    found["values"]["flipped"] = 0.0
+
+
+def _loss_moved_by_rounding(found: dict[str, Any]) -> None:
+    found["losses"][3] += 2e-5
+    found["values"]["flipped"] = 14.0
+
+
+def _loss_moved_by_wrong_weights(found: dict[str, Any]) -> None:
+    _loss_moved_by_rounding(found)
+    found["values"]["weight"] = 1e-4
+
+
+def _loss_moved_by_more_than_rounding(found: dict[str, Any]) -> None:
+    _loss_moved_by_rounding(found)
+    found["values"]["restored"] += 2e-5
 
 
 def _wrong_gradient(found: dict[str, Any]) -> None:
@@ -100,6 +116,9 @@ def _wrong_maximum(found: dict[str, Any]) -> None:
     ("spoil", "checks"),
     [
         (_wrong_loss, {"losses"}),
+        (_loss_moved_by_rounding, set()),
+        (_loss_moved_by_wrong_weights, {"losses", "weight"}),
+        (_loss_moved_by_more_than_rounding, {"losses", "restored"}),
         (_wrong_gradient, {"gradient"}),
         (_wrong_exponent, {"alpha"}),
         (_wrong_maximum, {"maxima", "noise"}),

@@ -176,7 +176,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[s
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
