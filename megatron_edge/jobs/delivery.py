@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a proven artifact: export, verify, evaluate, and the closing summary. One process."""
+"""From a run's checkpoint to a proven artifact: export, verify, evaluate it, and the closing summary. One process."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def verify(config: RunConfig, launch: Launch) -> None:
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:
-    """Held-out loss and perplexity of artifact=DIR, or of the artifact of run_dir=DIR. Rank 0 does it."""
+    """Held-out loss and perplexity of artifact=DIR. Rank 0 does it."""
     if launch.rank != 0:
         return
     from megatron_edge.train.data import load_data
     from megatron_edge.verify.quality import Windows, load_model, nats_per_token
 
-    directory = Path(config.artifact) if config.artifact else artifact_dir(config)
+    directory = Path(str(config.artifact))
     reader = ArtifactReader(directory)
     tokenizer = load_tokenizer(directory)
     cache = Path(config.run_dir) / "data"
@@ -193,7 +193,7 @@ def _summary(config: RunConfig, report: Verification) -> None:
         plan["device"]["budget_bytes"] / 2**20,
     )
     log.info("artifact: %s", artifact_dir(config))
-    log.info("next: python launch/evaluate.py run_dir=%s data.heldout=YOUR_TEXT", config.run_dir)
+    log.info("next: python launch/evaluate.py artifact=%s data.heldout=YOUR_TEXT", artifact_dir(config))
 
 
 def _bf16_bytes(reader: ArtifactReader) -> list[int]:

@@ -1,4 +1,4 @@
-"""The qat job: import -> evaluate -> calibrate -> train -> reference -> export -> verify.
+"""The qat job: import -> evaluate -> calibrate -> train -> reference -> export -> verify. Also: a checkpoint evaluated.
 
 Stages meet in the run directory: what a checkpoint already holds is not done again, and export and verify can be run
 alone on it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from megatron_edge import checkpoint as checkpoints
+from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.log import MetricsWriter, TrainingProgress
@@ -71,14 +73,7 @@ def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
     source = open_source(resolve_source(config.model.source, config.model.revision))
     plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
-    with open_session(
-        launch.plan,
-        rank=launch.rank,
-        local_rank=launch.local_rank,
-        store=launch.store,
-        timeout_seconds=config.parallel.timeout_seconds,
-        seed=config.train.seed,
-    ) as session:
+    with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
         model = build_model(source.hf_config, launch.plan, run.dtype, session.device)
         found = _checkpoint_to_resume(run)
@@ -93,6 +88,38 @@ def qat(config: RunConfig, launch: Launch) -> None:
         _write_reference(run, trained)
     if launch.rank == 0:
         finish(config)
+
+
+def evaluate(config: RunConfig, launch: Launch) -> None:
+    """Held-out loss of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
+
+    Raises:
+        InputError: no intact checkpoint, or a layout that the model does not divide into.
+    """
+    source = open_source(resolve_source(config.model.source, config.model.revision))
+    check_model_dims(config, source.hf_config)
+    plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
+    with _session(config, launch) as session:
+        run = _prepare_run(config, session, source, plan)
+        found = checkpoints.find_newest(run.checkpoint_dir, session)
+        if found is None:
+            raise InputError(f"run_dir={config.run_dir!r}: no intact checkpoint there; allowed: a run that saved one")
+        model = build_model(source.hf_config, launch.plan, run.dtype, session.device)
+        apply.insert_quantizers(model, plan)
+        checkpoints.load_checkpoint(found, model, None, plan, session)
+        reference.round_unquantised(model)  # as the artifact stores it
+        _evaluate(run, model, str(found.path))
+
+
+def _session(config: RunConfig, launch: Launch) -> AbstractContextManager[Session]:
+    return open_session(
+        launch.plan,
+        rank=launch.rank,
+        local_rank=launch.local_rank,
+        store=launch.store,
+        timeout_seconds=config.parallel.timeout_seconds,
+        seed=config.train.seed,
+    )
 
 
 def _prepare_run(config: RunConfig, session: Session, source: ModelSource, plan: QuantPlan) -> _Run:

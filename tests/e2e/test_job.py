@@ -115,16 +115,20 @@ def test_gateway_target_is_read_by_transformers(gateway_run: Run) -> None:
 
 
 def test_export_and_evaluate_alone_on_a_run(gateway_run: Run, tmp_path: Path) -> None:
-    """Export again gives the same bytes; evaluate gives the loss that verify found."""
+    """Export again gives the same bytes; evaluate gives the losses that the job found."""
     artifact = gateway_run.directory / "artifact"
     before = hashes(artifact)
     done = run("export", f"run_dir={gateway_run.directory}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hashes(artifact) == before
-    done = run("evaluate", f"run_dir={gateway_run.directory}", directory=tmp_path)
+    done = run("evaluate", f"artifact={artifact / 'canonical'}", f"run_dir={gateway_run.directory}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     loss = json.loads((gateway_run.directory / "verify.json").read_text())["losses_nats_per_token"]["artifact"]
     assert f"{loss:.4f} nats/token" in done.stderr
+    arguments = (f"run_dir={gateway_run.directory}", "parallel.pipeline=2")
+    done = run("evaluate", *arguments, directory=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{reference_facts(gateway_run.directory)['losses']['trained']:.4f} nats/token" in done.stderr
 
 
 @pytest.mark.long
