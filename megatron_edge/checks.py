@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from megatron_edge.config import CONF_DIR, TARGETS, QuantConfig, RunConfig, expected, options
+from megatron_edge.compose import CONF_DIR, options
+from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan
 
 ACTIVATIONS = {"none": ("none",), "int4": ("none",), "fp8": ("none", "fp8"), "nvfp4": ("none", "nvfp4")}

@@ -1,8 +1,7 @@
 """The resolved configuration: one typed leaf per knob, units in the names. Checks across leaves are in checks.py.
 
-In: override strings from a launcher, or a run directory's config.yaml. Out: a frozen `RunConfig`. The defaults live in
-conf/, nowhere else. Nobody past this module sees a DictConfig, and `hydra` is imported only here, when rank 0 composes.
-Everything that is wrong is an `InputError` naming the field, the value and what is allowed.
+In: nested dicts, from compose.py (a command line) or a run directory's config.yaml. Out: a frozen `RunConfig`. The
+defaults live in conf/, nowhere else. Everything that is wrong is an `InputError` naming field, value and allowed ones.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import itertools
 import json
 import math
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -24,9 +21,7 @@ import yaml
 from megatron_edge.contracts import DeviceProfile, InputError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+    pass
 
 Target = Literal["modelopt", "compressed_tensors", "hf"]
 
@@ -150,7 +145,7 @@ class RunConfig:
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)
 
 
-def _refuse_unknown(field: str, key: str, allowed: Iterable[str]) -> InputError:
+def refuse_unknown(field: str, key: str, allowed: Iterable[str]) -> InputError:
     known = sorted(allowed)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -183,7 +178,7 @@ def _leaf_value(field: str, value: Any, kind: Any) -> Any:
     raise expected(field, value, words[kind])
 
 
-def _record(cls: type, data: Any, path: str) -> Any:
+def build_record(cls: type, data: Any, path: str) -> Any:
     """Build dataclass `cls` out of nested dicts; every key must be a field and every field a key."""
     prefix = f"{path}." if path else ""
     if not isinstance(data, dict):
@@ -191,7 +186,7 @@ def _record(cls: type, data: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            raise _refuse_unknown(f"{prefix}{key}", str(key), fields)
+            raise refuse_unknown(f"{prefix}{key}", str(key), fields)
     values: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
         field = f"{prefix}{name}"
@@ -201,7 +196,7 @@ def _record(cls: type, data: Any, path: str) -> Any:
             values[name] = None
             continue
         if dataclasses.is_dataclass(kind):
-            values[name] = _record(kind, data[name], field)  # type: ignore[arg-type]
+            values[name] = build_record(kind, data[name], field)  # type: ignore[arg-type]
             continue
         value = values[name] = _leaf_value(field, data[name], kind)
         if value == "" and name != "scenario":
@@ -212,7 +207,7 @@ def _record(cls: type, data: Any, path: str) -> Any:
     return cls(**values)
 
 
-def _with_derived(config: RunConfig) -> RunConfig:
+def with_derived(config: RunConfig) -> RunConfig:
     """The leaves that conf/ leaves null because they follow from others, filled in."""
     train, export = config.train, config.export
     if train.warmup_steps is None:
@@ -230,18 +225,6 @@ def _with_derived(config: RunConfig) -> RunConfig:
     return config
 
 
-def from_hydra(composed: DictConfig) -> RunConfig:
-    """Raises InputError naming the first key that is unknown, missing, mistyped or out of range."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        data = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(" ".join(str(error).split())) from None
-    return _with_derived(_record(RunConfig, data, ""))
-
-
 def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
@@ -254,7 +237,7 @@ def from_yaml(text: str) -> RunConfig:
         raise InputError(f"config.yaml: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise InputError("config.yaml: holds no configuration; allowed is what a job wrote into its run directory")
-    return _with_derived(_record(RunConfig, data, ""))
+    return with_derived(build_record(RunConfig, data, ""))
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
@@ -277,122 +260,3 @@ def check_same_run(old: RunConfig, new: RunConfig) -> None:
     if differing:
         words = f"the run that it holds, or another directory; differing: {'; '.join(differing)}"
         raise expected("run_dir", new.run_dir, words)
-
-
-def options(group: str) -> list[str]:
-    """What may stand after `group=`. Raises InputError where conf/ is not beside the package."""
-    names = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
-    if not names:
-        raise InputError(f"{CONF_DIR / group}: no configuration here; run from a clone (pip install -e .)")
-    return names
-
-
-def leaves() -> dict[str, dataclasses.Field[Any]]:
-    """The dataclass field of every leaf, by dotted name."""
-    found = {}
-    for name, kind in get_type_hints(RunConfig).items():
-        prefix, members = (f"{name}.", kind) if name in GROUPS else ("", RunConfig)
-        found.update({prefix + f.name: f for f in dataclasses.fields(members) if prefix or f.name == name})
-    return found
-
-
-def _check_key(key: str, values: list[Any]) -> None:
-    """Raises InputError unless `key` is a leaf, or a group and each of `values` one of its options."""
-    if key in (*GROUPS, "scenario"):
-        for value in values:
-            if value not in options(key):
-                raise _refuse_unknown(f"{key}={value}", str(value), options(key))
-    elif key not in leaves():
-        group = key.split(".")[0]
-        allowed = [name for name in leaves() if name.startswith(f"{group}.") and "." in key]
-        raise _refuse_unknown(key, key, allowed or [*GROUPS, *(name for name in leaves() if "." not in name)])
-
-
-def _parse(arguments: Sequence[str]) -> list[Any]:
-    """Hydra's own parsed overrides, each with a key that exists and, for a group, an option that exists."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parsed = []
-    for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            raise InputError(f"{argument!r} is not of the form key=value: {' '.join(str(error).split())}") from None
-        if override.is_delete() or override.package is not None:
-            raise InputError(f"{argument!r}: allowed are key=value, group=option and +scenario=name")
-        several = override.is_sweep_override()
-        _check_key(override.key_or_group, list(override.sweep_string_iterator()) if several else [override.value()])
-        parsed.append(override)
-    return parsed
-
-
-def compose(arguments: Sequence[str]) -> RunConfig:
-    """The configuration of conf/run.yaml under `arguments` (key=value, group=option, +scenario=name).
-
-    Only rank 0 calls this. Hydra writes nothing: no outputs/, no .hydra/.
-
-    Raises:
-        InputError: an unknown key, option, scenario or value, in one line.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    overrides = []
-    for override in _parse(arguments):
-        if override.is_sweep_override():
-            raise InputError(f"{override.input_line!r} are several runs: add -m, under plain python")
-        key = override.key_or_group
-        overrides.append(f"{'+' if key == 'scenario' else ''}{key}={override.get_value_element_as_str()}")
-    chosen = [o.lstrip("+").split("=")[0] for o in overrides]
-    if "model.source" in chosen and "model" not in chosen:
-        overrides.append("model=custom")  # the preset's label and revision belong to the preset's source
-    try:
-        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            return from_hydra(hydra_compose("run", overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(" ".join(str(error).split())) from None
-
-
-def compose_over_run(arguments: Sequence[str]) -> RunConfig:
-    """For jobs that read a run: its own config.yaml (in run_dir, else in reference) with `arguments` over it.
-
-    The layout is not part of a run's identity: it starts from conf/'s default again, unless `arguments` say otherwise.
-
-    Raises:
-        InputError: as `compose`; a named directory that does not exist; a leaf that would make it another run.
-    """
-    fresh = compose(arguments)
-    named = {override.key_or_group for override in _parse(arguments)}
-    directory = fresh.run_dir if "run_dir" in named else fresh.reference
-    if directory is None:
-        return fresh
-    if not Path(directory).is_dir():
-        raise expected("run_dir" if "run_dir" in named else "reference", directory, "the directory of an earlier run")
-    if not (Path(directory) / "config.yaml").is_file():
-        return fresh
-    saved = from_yaml((Path(directory) / "config.yaml").read_text())
-    if "scenario" in named and fresh.scenario != saved.scenario:
-        raise expected("scenario", fresh.scenario, f"{saved.scenario!r}, which made {directory}")
-    changed = replace(saved, parallel=fresh.parallel, run_dir=directory)
-    for key in named - {"scenario"}:
-        group, _, name = key.partition(".")
-        value = getattr(fresh, group)
-        if name:
-            value = replace(getattr(changed, group), **{name: getattr(value, name)})
-        changed = replace(changed, **{group: value})
-    check_same_run(saved, replace(changed, data=saved.data))  # evaluate reads a run on any text
-    return changed
-
-
-def sweep(arguments: Sequence[str]) -> list[list[str]]:
-    """Every combination that Hydra's sweep syntax (`train.seed=1,2`, `quant=fp8,int4`, range(...)) stands for."""
-    axes = []
-    for override in _parse(arguments):
-        if override.is_sweep_override():
-            axes.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([override.input_line])
-    return [list(combination) for combination in itertools.product(*axes)]

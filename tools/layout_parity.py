@@ -163,7 +163,7 @@ def layout_plan(name: str) -> ParallelPlan:
 
 def compose(job_arguments: list[str], name: str) -> Any:
     """The configuration of a format, `quant` or `quant+kv`: fp32, few tokens."""
-    from megatron_edge import config
+    from megatron_edge.compose import compose as composed
 
     quant, _, kv = name.partition("+")
     own = {
@@ -172,7 +172,7 @@ def compose(job_arguments: list[str], name: str) -> Any:
     }  # fmt: skip
     arguments = [f"quant={quant}", f"kv={kv or 'none'}", *(f"{key}={value}" for key, value in own.items())]
     kept = [a for a in job_arguments if not (a.startswith("quant.group_size=") and not quant.startswith("int4"))]
-    return config.compose(arguments + kept)
+    return composed(arguments + kept)
 
 
 def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_edge import checks, log
+from megatron_edge import checks, compose, log
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan, StoppedBySignal, VerificationFailed
@@ -100,11 +100,11 @@ def launch(
         if processes.world_size > 1:
             store = _open_store()
 
-        def compose() -> str:
+        def composed() -> str:
             _check_flags(flags, processes)
             return _compose(arguments, processes, prepare, reads_run, trains, any_world)
 
-        text = _share(store, processes, compose)
+        text = _share(store, processes, composed)
         config = configuration.from_yaml(text)
         plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
         threads = _set_threads(config.threads, processes)
@@ -145,7 +145,7 @@ def _compose(
     any_world: bool,
 ) -> str:
     """On rank 0: the checked configuration as YAML."""
-    config = configuration.compose_over_run(arguments) if reads_run else configuration.compose(arguments)
+    config = compose.compose_over_run(arguments) if reads_run else compose.compose(arguments)
     checks.check_config(config)
     plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
     if trains:
@@ -313,8 +313,8 @@ def _leave(code: int, processes: Processes) -> NoReturn:
 
 def _run_sweep(script: str, arguments: list[str]) -> int:
     """Run every combination as a job of its own, one after the other; the first code that is not 0, else 0."""
-    combinations = configuration.sweep(arguments)
-    configs = [configuration.compose(combination) for combination in combinations]  # all refusals before any job
+    combinations = compose.sweep(arguments)
+    configs = [compose.compose(combination) for combination in combinations]  # all refusals before any job
     for config in configs:
         checks.check_config(config)
     if len({config.run_dir for config in configs}) < len(configs):
@@ -338,9 +338,9 @@ def help_text() -> str:
     """Groups with their options, and every leaf with its type and meaning."""
     lines = ["Arguments: group=option  group.field=value  +scenario=name  -m (sweep: a=1,2)  --help", "", "Groups:"]
     for group in (*configuration.GROUPS, "scenario"):
-        lines.append(f"  {group + '=':12}{' | '.join(configuration.options(group))}")
+        lines.append(f"  {group + '=':12}{' | '.join(compose.options(group))}")
     lines += ["", "Fields:"]
-    for name, field in configuration.leaves().items():
+    for name, field in compose.leaves().items():
         kind = str(field.type).replace("Literal[", "[").replace("', '", "|").replace("'", "")
         lines.append(f"  {name:34}  {kind:26}  {field.metadata.get('doc', '')}".rstrip())
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ import torch
 from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
 
 from megatron_edge import checkpoint
-from megatron_edge.config import compose
+from megatron_edge.compose import compose
 from megatron_edge.contracts import QuantPlan
 from megatron_edge.runtime import compat
 from megatron_edge.train import step

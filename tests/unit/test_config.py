@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from megatron_edge import checks, config
+from megatron_edge import checks, compose, config
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, ParallelPlan
 
@@ -29,31 +29,31 @@ SMOLLM2 = {
 
 def refusal(*arguments: str) -> str:
     with pytest.raises(InputError) as caught:
-        checks.check_config(config.compose(arguments))
+        checks.check_config(compose.compose(arguments))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("scenario", config.options("scenario"))
+@pytest.mark.parametrize("scenario", compose.options("scenario"))
 def test_every_scenario_composes_and_passes_its_own_checks(scenario: str) -> None:
-    composed = config.compose([f"+scenario={scenario}"])
+    composed = compose.compose([f"+scenario={scenario}"])
     checks.check_config(composed)
     assert composed.scenario == scenario
     assert re.fullmatch(rf"runs/{scenario}-[0-9a-f]{{10}}", composed.run_dir)
-    overlay = yaml.safe_load((config.CONF_DIR / "scenario" / f"{scenario}.yaml").read_text())
+    overlay = yaml.safe_load((compose.CONF_DIR / "scenario" / f"{scenario}.yaml").read_text())
     assert any("override /device" in choice for choice in overlay["defaults"]), "a scenario names its device"
 
 
 @pytest.mark.parametrize("group", [*config.GROUPS])
 def test_every_option_composes(group: str) -> None:
-    for option in config.options(group):
+    for option in compose.options(group):
         extra = ["model.source=/somewhere"] if (group, option) == ("model", "custom") else []
-        assert getattr(config.compose([f"{group}={option}", *extra]), group) is not None
+        assert getattr(compose.compose([f"{group}={option}", *extra]), group) is not None
 
 
 def test_scenarios_are_those_promised() -> None:
     gateway, thor, vehicle, sm89 = (
-        config.compose([f"+scenario={name}"]) for name in ("gateway", "gateway_thor", "vehicle", "vehicle_sm89")
+        compose.compose([f"+scenario={name}"]) for name in ("gateway", "gateway_thor", "vehicle", "vehicle_sm89")
     )
     assert (gateway.quant.weight, gateway.quant.activation, gateway.kv.format) == ("nvfp4", "none", "int8")
     assert (gateway.device.runtime, gateway.device.memory_bytes) == ("llama.cpp", 2 * 1024**3)
@@ -75,23 +75,23 @@ def test_every_preset_of_the_device_group_names_formats_that_exist() -> None:
 
 
 def test_the_command_line_wins_over_the_scenario() -> None:
-    composed = config.compose(["quant=int4", "+scenario=gateway", "export.max_seq_len=77"])
+    composed = compose.compose(["quant=int4", "+scenario=gateway", "export.max_seq_len=77"])
     assert (composed.quant.name, composed.export.max_seq_len, composed.kv.name) == ("int4", 77, "int8")
-    assert config.compose(["scenario=gateway"]) == config.compose(["+scenario=gateway"])
+    assert compose.compose(["scenario=gateway"]) == compose.compose(["+scenario=gateway"])
 
 
 def test_leaves_that_follow_from_others() -> None:
-    composed = config.compose(["train.steps=57", "train.learning_rate=1e-3"])
+    composed = compose.compose(["train.steps=57", "train.learning_rate=1e-3"])
     assert (composed.train.warmup_steps, composed.train.min_learning_rate) == (5, 1e-4)
     assert composed.export.targets == ["modelopt", "compressed_tensors"]
-    assert config.compose(["quant=int4"]).export.targets == ["compressed_tensors"]
-    assert config.compose(["quant=none"]).export.targets == ["hf"]
-    assert config.compose(["model.source=/a/b"]).model.name == "custom"
-    assert config.compose(["train=ptq"]).train.steps == 0
+    assert compose.compose(["quant=int4"]).export.targets == ["compressed_tensors"]
+    assert compose.compose(["quant=none"]).export.targets == ["hf"]
+    assert compose.compose(["model.source=/a/b"]).model.name == "custom"
+    assert compose.compose(["train=ptq"]).train.steps == 0
 
 
 def test_yaml_round_trip_is_exact() -> None:
-    composed = config.compose(["+scenario=vehicle", "train.learning_rate=1.234567e-05", "data.train='a b: {c}, #d'"])
+    composed = compose.compose(["+scenario=vehicle", "train.learning_rate=1.234567e-05", "data.train='a b: {c}, #d'"])
     assert composed.data.train == "a b: {c}, #d"
     assert config.from_yaml(config.to_yaml(composed)) == composed
     for text in ("", "[1]", "model: {", "model: 3"):
@@ -100,18 +100,18 @@ def test_yaml_round_trip_is_exact() -> None:
 
 
 def test_from_hydra_refuses_unknown_keys_at_any_depth() -> None:
-    plain = yaml.safe_load(config.to_yaml(config.compose([])))
+    plain = yaml.safe_load(config.to_yaml(compose.compose([])))
     for path in (("extra",), ("train", "extra"), ("device", "extra")):
-        data = yaml.safe_load(config.to_yaml(config.compose([])))
+        data = yaml.safe_load(config.to_yaml(compose.compose([])))
         inner = data
         for key in path[:-1]:
             inner = inner[key]
         inner["extra"] = 1
         with pytest.raises(InputError, match=re.escape(".".join(path)) + ": unknown"):
-            config.from_hydra(OmegaConf.create(data))
+            compose.from_hydra(OmegaConf.create(data))
     del plain["train"]["seed"]
     with pytest.raises(InputError, match=r"train\.seed: no value"):
-        config.from_hydra(OmegaConf.create(plain))
+        compose.from_hydra(OmegaConf.create(plain))
 
 
 @pytest.mark.parametrize(
@@ -177,25 +177,25 @@ def test_impossible_combinations_name_the_nearest_that_works(
 
 
 def test_the_nearest_preset_really_runs() -> None:
-    for scenario in config.options("scenario"):
-        for quant in config.options("quant"):
+    for scenario in compose.options("scenario"):
+        for quant in compose.options("quant"):
             try:
-                checks.check_config(config.compose([f"+scenario={scenario}", f"quant={quant}"]))
+                checks.check_config(compose.compose([f"+scenario={scenario}", f"quant={quant}"]))
             except InputError as error:
                 nearest = str(error).rsplit("quant=", 1)[1]
-                checks.check_config(config.compose([f"+scenario={scenario}", f"quant={nearest}"]))
+                checks.check_config(compose.compose([f"+scenario={scenario}", f"quant={nearest}"]))
 
 
 def test_batches_must_be_whole() -> None:
-    composed = config.compose(["train.global_batch=6", "train.micro_batch=2"])
+    composed = compose.compose(["train.global_batch=6", "train.micro_batch=2"])
     checks.check_batches(composed, ParallelPlan(dp=3, world_size=3))
     with pytest.raises(InputError, match=r"train\.global_batch=6: .* 2 x 2 = 4"):
         checks.check_batches(composed, ParallelPlan(dp=2, world_size=2))
 
 
 def test_hash_and_identity_follow_what_decides_the_result() -> None:
-    base = config.compose(["+scenario=gateway"])
-    assert config.config_hash(base) == config.config_hash(config.compose(["+scenario=gateway"]))
+    base = compose.compose(["+scenario=gateway"])
+    assert config.config_hash(base) == config.config_hash(compose.compose(["+scenario=gateway"]))
     for same in (
         "parallel.pipeline=2",
         "threads=1",
@@ -204,7 +204,7 @@ def test_hash_and_identity_follow_what_decides_the_result() -> None:
         "train.log_every_steps=5",
         "device=x86_laptop",
     ):
-        other = config.compose(["+scenario=gateway", same])
+        other = compose.compose(["+scenario=gateway", same])
         assert config.config_hash(other) == config.config_hash(base), same
         config.check_same_run(base, other)
     for different in (
@@ -215,37 +215,37 @@ def test_hash_and_identity_follow_what_decides_the_result() -> None:
         "model.source=/m",
         "data.eval_tokens=64",
     ):
-        other = config.compose(["+scenario=gateway", different])
+        other = compose.compose(["+scenario=gateway", different])
         assert config.config_hash(other) != config.config_hash(base), different
         with pytest.raises(InputError, match=re.escape(different.split("=")[0])):
             config.check_same_run(base, other)
 
 
 def test_jobs_that_read_a_run_start_from_its_own_configuration(tmp_path: Path) -> None:
-    saved = config.compose(["+scenario=vehicle", "train.seed=5", "parallel.pipeline=2", f"run_dir={tmp_path}"])
+    saved = compose.compose(["+scenario=vehicle", "train.seed=5", "parallel.pipeline=2", f"run_dir={tmp_path}"])
     (tmp_path / "config.yaml").write_text(config.to_yaml(saved))
     for name in ("run_dir", "reference"):
-        read = config.compose_over_run([f"{name}={tmp_path}", "export.targets=[hf]", "device=x86_laptop"])
+        read = compose.compose_over_run([f"{name}={tmp_path}", "export.targets=[hf]", "device=x86_laptop"])
         assert (read.train, read.quant, read.run_dir) == (saved.train, saved.quant, str(tmp_path))
         assert (read.export.targets, read.device.name, read.parallel.pipeline) == (["hf"], "x86_laptop", 1)
         assert dataclasses.replace(read.export, targets=[]) == dataclasses.replace(saved.export, targets=[])
-    assert config.compose_over_run(["artifact=/a"]) == config.compose(["artifact=/a"])
+    assert compose.compose_over_run(["artifact=/a"]) == compose.compose(["artifact=/a"])
     for argument in ("train.seed=6", "quant=fp8", "+scenario=gateway"):
         with pytest.raises(InputError, match=r"seed|quant|scenario"):
-            config.compose_over_run([f"run_dir={tmp_path}", argument])
+            compose.compose_over_run([f"run_dir={tmp_path}", argument])
     with pytest.raises(InputError, match=r"run_dir='/nowhere'"):
-        config.compose_over_run(["run_dir=/nowhere"])
+        compose.compose_over_run(["run_dir=/nowhere"])
 
 
 def test_sweeps_expand_as_hydra_writes_them() -> None:
-    assert config.sweep(["train.seed=range(1,3)", "+scenario=gateway", "quant=int4,fp8"]) == [
+    assert compose.sweep(["train.seed=range(1,3)", "+scenario=gateway", "quant=int4,fp8"]) == [
         ["train.seed=1", "+scenario=gateway", "quant=int4"],
         ["train.seed=1", "+scenario=gateway", "quant=fp8"],
         ["train.seed=2", "+scenario=gateway", "quant=int4"],
         ["train.seed=2", "+scenario=gateway", "quant=fp8"],
     ]
     with pytest.raises(InputError, match="nvfp5"):
-        config.sweep(["quant=int4,nvfp5"])
+        compose.sweep(["quant=int4,nvfp5"])
 
 
 @pytest.mark.parametrize(
@@ -273,14 +273,14 @@ def test_sweeps_expand_as_hydra_writes_them() -> None:
 def test_model_sizes_are_checked_before_anything_is_built(
     arguments: tuple[str, ...], sizes: dict[str, int], words: tuple[str, ...]
 ) -> None:
-    checks.check_model_dims(config.compose([]), SMOLLM2)
+    checks.check_model_dims(compose.compose([]), SMOLLM2)
     with pytest.raises(InputError) as caught:
-        checks.check_model_dims(config.compose(arguments), {**SMOLLM2, **sizes})
+        checks.check_model_dims(compose.compose(arguments), {**SMOLLM2, **sizes})
     for word in words:
         assert word in str(caught.value), str(caught.value)
 
 
 def test_layouts_that_the_model_allows_pass() -> None:
     for layout in (("parallel.tensor=3",), ("parallel.pipeline=2",), ("parallel.tensor=3", "parallel.pipeline=5")):
-        for quant in config.options("quant"):
-            checks.check_model_dims(config.compose([*layout, f"quant={quant}"]), SMOLLM2)
+        for quant in compose.options("quant"):
+            checks.check_model_dims(compose.compose([*layout, f"quant={quant}"]), SMOLLM2)

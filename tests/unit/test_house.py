@@ -23,7 +23,7 @@ ROWS = (
     ("model",),
     ("runtime",),
     ("memory", "checks", "artifact"),
-    ("config", "contracts", "log"),
+    ("compose", "config", "contracts", "log"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
 FREE_ROWS = (RANK["memory"], RANK["config"])
@@ -32,8 +32,8 @@ FREE_ROWS = (RANK["memory"], RANK["config"])
 MAY_IMPORT = {
     "megatron": ("runtime", "model", "checkpoint", "train"),
     "modelopt": ("runtime/compat", "model/draft", "quantize", "checkpoint", "train/distill"),
-    "hydra": ("launch", "config"),
-    "omegaconf": ("launch", "config"),
+    "hydra": ("launch", "compose"),
+    "omegaconf": ("launch", "compose"),
     "safetensors": ("artifact/store", "model"),
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LAUNCHER_LINES = 399, 59, 60

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from megatron_edge import config
+from megatron_edge import compose
+from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, StoppedBySignal, VerificationFailed
 from megatron_edge.runtime import launcher
@@ -119,7 +120,7 @@ def test_a_job_gets_its_configuration_and_threads(monkeypatch: pytest.MonkeyPatc
         return None
 
     assert exit_code(job, monkeypatch, "+scenario=vehicle", "threads=3") == 0
-    assert seen[0][0] == config.compose(["+scenario=vehicle", "threads=3"])
+    assert seen[0][0] == compose.compose(["+scenario=vehicle", "threads=3"])
     assert seen[0][1].threads == 3 and os.environ["OMP_NUM_THREADS"] == "3"
     assert exit_code(job, monkeypatch) == 0
     physical = psutil.cpu_count(logical=False) or psutil.cpu_count()
@@ -128,7 +129,7 @@ def test_a_job_gets_its_configuration_and_threads(monkeypatch: pytest.MonkeyPatc
 
 def test_help_names_every_group_option_and_leaf() -> None:
     text = launcher.help_text()
-    for group in (*config.GROUPS, "scenario"):
-        assert f"{group}=" in text and all(option in text for option in config.options(group))
-    assert all(name in text for name in config.leaves())
+    for group in (*configuration.GROUPS, "scenario"):
+        assert f"{group}=" in text and all(option in text for option in compose.options(group))
+    assert all(name in text for name in compose.leaves())
     assert max(len(line) for line in text.splitlines()) < 180

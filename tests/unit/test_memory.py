@@ -12,7 +12,7 @@ from test_config import SMOLLM2
 from tiny_artifact import RECIPES, llama_config, make_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_edge import config, memory
+from megatron_edge import compose, memory
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
@@ -22,7 +22,7 @@ TINY = hf.checked_config({**llama_config().to_dict(), "architectures": ["LlamaFo
 
 
 def configured(*arguments: str) -> RunConfig:
-    return config.compose(["train.precision=bf16", *arguments])
+    return compose.compose(["train.precision=bf16", *arguments])
 
 
 def on_meta(sizes: dict) -> LlamaForCausalLM:
@@ -67,7 +67,7 @@ def test_kv_cache_bytes() -> None:
     assert memory.kv_bytes("int8", SMOLLM2, 4, 512) == cache.numel() // block * block_bytes
 
 
-@pytest.mark.parametrize("scenario", config.options("scenario"))
+@pytest.mark.parametrize("scenario", compose.options("scenario"))
 def test_every_scenario_fits_its_device_and_a_model_too_large_is_refused(scenario: str) -> None:
     run = configured(f"+scenario={scenario}")
     planned = memory.plan(run, SMOLLM2)
