@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from megatron_edge.contracts import InputError, QuantPlan
-from megatron_edge.model.build import unwrap
+from megatron_edge.model.build import chunks_of
 from megatron_edge.quantize.state import (
     PREFIX,
     AmaxShard,
@@ -122,9 +122,10 @@ def load_checkpoint(
         loaded = dist_checkpointing.load(state, str(info.path), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise InputError(f"{info.path} does not hold this model's tensors: {error}") from error
-    result = unwrap(model).load_state_dict(loaded["model"], strict=False)
-    missing = [key for key in result.missing_keys if "_quantizer" not in key and "_extra_state" not in key]
-    assert not missing, f"{info.path}: parameters were not loaded: {missing}"
+    for index, chunk in enumerate(chunks_of(model)):
+        result = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        missing = [key for key in result.missing_keys if "_quantizer" not in key and "_extra_state" not in key]
+        assert not missing, f"{info.path}: parameters were not loaded: {missing}"
     set_quantizer_state(model, plan, loaded["quantizers"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -148,26 +149,42 @@ def _sharded_state(
         "singleton_local_shards": True,  # gate and up rows of SwiGLU as two tensors, with quantizers and without
     }
     weights = {
-        key: value
-        for key, value in unwrap(model).sharded_state_dict(metadata=metadata).items()
-        if "_quantizer" not in key and not key.endswith("_extra_state")
+        f"model{index}": {
+            key: value
+            for key, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if "_quantizer" not in key and not key.endswith("_extra_state")
+        }
+        for index, chunk in enumerate(chunks_of(model))
     }
     state: dict[str, Any] = {
-        "model": weights,
+        **weights,
         "quantizers": {
             key: _sharded_tensor(key, shard, session) for key, shard in quantizer_shards(model, plan).items()
         },
     }
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            weights,
+            is_loading=loading,
+            metadata={
+                **metadata,
+                "distrib_optim_sharding_type": "fully_reshardable",
+                "distrib_optim_fully_reshardable_mem_efficient": True,  # the other way needs CUDA
+            },
+        )
     return state
 
 
 def _sharded_tensor(key: str, shard: AmaxShard, session: Session) -> Any:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    split = () if shard.axis is None else ((shard.axis, session.tp_rank, session.plan.tp),)
-    replica = (0, session.tp_rank if shard.axis is None else 0, session.dp_rank)
+    if shard.is_expert:
+        rank, size, copy = session.etp_rank, session.plan.etp, session.edp_rank
+    else:
+        rank, size = session.tp_rank, session.plan.tp
+        copy = session.dp_rank * session.plan.cp + session.cp_rank
+    split = () if shard.axis is None else ((shard.axis, rank, size),)
+    replica = (0, rank if shard.axis is None else 0, copy)
     return ShardedTensor.from_rank_offsets(key, shard.data, *split, replica_id=replica)
 
 

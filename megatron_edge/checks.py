@@ -17,6 +17,7 @@ import yaml
 from megatron_edge.compose import CONF_DIR, options
 from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan
+from megatron_edge.families import dims_of, rules_of
 
 ACTIVATIONS = {"none": ("none",), "int4": ("none",), "fp8": ("none", "fp8"), "nvfp4": ("none", "nvfp4")}
 GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "nvfp4": (16,)}
@@ -31,13 +32,15 @@ def check_config(config: RunConfig) -> None:
         InputError: naming the first field that is wrong, its value and what is allowed.
     """
     train, parallel = config.train, config.parallel
-    for name in ("expert", "context"):
-        if getattr(parallel, name) > 1:
-            raise InputError(f"parallel.{name}={getattr(parallel, name)}: not available yet; allowed is 1")
     if parallel.sequence and parallel.tensor == 1:
         raise InputError("parallel.sequence=true: needs parallel.tensor of at least 2; allowed with 1 is false")
     if parallel.sequence and train.seq_length_tokens % parallel.tensor:
         raise expected("train.seq_length_tokens", train.seq_length_tokens, f"a multiple of {parallel.tensor} (tensor)")
+    if parallel.context > 1:
+        pieces = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)
+        if train.seq_length_tokens % pieces:
+            words = f"a multiple of {pieces} (2 x context" + (" x tensor)" if parallel.sequence else ")")
+            raise expected("train.seq_length_tokens", train.seq_length_tokens, words)
     if train.mode == "ptq" and train.steps:
         raise InputError(f"train.steps={train.steps}: train.mode=ptq only calibrates; allowed is 0, or train=qat")
     if train.min_learning_rate > train.learning_rate:
@@ -73,18 +76,28 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the field, its value and what this model allows.
     """
-    parallel, train = config.parallel, config.train
+    parallel, train, dims = config.parallel, config.train, dims_of(hf_config)
+    tensor_sizes = {name: hf_config[name] for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+    tensor_sizes |= {"intermediate_size": dims.ffn_hidden_size} if dims.ffn_hidden_size else {}
     for field, degree, sizes in (
-        ("tensor", parallel.tensor, ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")),
-        ("pipeline", parallel.pipeline, ("num_hidden_layers",)),
+        ("tensor", parallel.tensor, tensor_sizes),
+        ("expert", parallel.expert, {"number of experts": dims.num_experts}),
+        ("expert_tensor", parallel.expert_tensor, {"expert's width": dims.expert_ffn_size}),
     ):
-        for size in sizes:
-            if hf_config[size] % degree:
-                able = ", ".join(str(n) for n in range(1, 65) if not any(hf_config[s] % n for s in sizes))
+        if degree > 1 and field != "tensor" and not dims.num_experts:
+            raise InputError(f"parallel.{field}={degree}: the model has no experts; allowed is 1")
+        for size, value in sizes.items():
+            if value % degree:
+                able = ", ".join(str(n) for n in range(1, 65) if not any(v % n for v in sizes.values()))
                 raise InputError(
-                    f"parallel.{field}={degree}: does not divide the model's {size}={hf_config[size]}; "
+                    f"parallel.{field}={degree}: does not divide the model's {size}={value}; "
                     f"allowed for this model: {able}"
                 )
+    if dims.num_experts and parallel.tensor > 1 and not parallel.sequence:
+        raise InputError(
+            "parallel.sequence=false: Megatron routes tokens to experts under tensor parallelism only with their "
+            "activations split; allowed with this model: true"
+        )
     if train.seq_length_tokens > hf_config["max_position_embeddings"]:
         raise expected(
             "train.seq_length_tokens",
@@ -98,6 +111,30 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     _check_groups(config, hf_config)
 
 
+def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:
+    """Layers of each of pp x vpp chunks, in the order of the model; what does not divide goes to the first
+    ones: the last has the output layer's work.
+
+    Raises:
+        InputError: fewer layers than chunks, or stage_layers that do not add up.
+    """
+    chunks = plan.pp * plan.vpp
+    if plan.stage_layers:
+        if len(plan.stage_layers) != chunks or sum(plan.stage_layers) != num_layers or min(plan.stage_layers) < 1:
+            raise InputError(
+                f"parallel.stage_layers={list(plan.stage_layers)}: allowed are {chunks} numbers of at least 1 "
+                f"(pipeline={plan.pp} x virtual_pipeline={plan.vpp}) that add up to the model's {num_layers} layers"
+            )
+        return plan.stage_layers
+    if chunks > num_layers:
+        raise InputError(
+            f"parallel.pipeline={plan.pp} x virtual_pipeline={plan.vpp}: {chunks} chunks, but the model has "
+            f"{num_layers} layers; allowed: at most one chunk per layer"
+        )
+    each, left = divmod(num_layers, chunks)
+    return tuple(each + (chunk < left) for chunk in range(chunks))
+
+
 def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     """Groups of weights that share a scale must not be cut by tensor parallelism, and the device must read them."""
     from megatron_edge.artifact.formats import effective_group_size  # imports torch: not when only refusing a typo
@@ -105,21 +142,22 @@ def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     quant, device, tensor = config.quant, config.device, config.parallel.tensor
     if quant.weight not in ("int4", "nvfp4"):
         return
-    inputs = {
-        "q_proj, k_proj, v_proj, gate_proj and up_proj": hf_config["hidden_size"],
-        "o_proj": hf_config["num_attention_heads"] * hf_config["head_dim"],
-        "down_proj": hf_config["intermediate_size"],
-    }
-    for name, size in inputs.items():
+    dims = dims_of(hf_config)
+    for rule in rules_of(hf_config):
+        if not rule.is_linear:
+            continue
+        name = " and ".join(target.split(".")[-2] for target in rule.targets)
+        size = dims.size(rule.shape[1])
+        field, degree = ("expert_tensor", config.parallel.expert_tensor) if rule.is_expert else ("tensor", tensor)
         group = effective_group_size(size, quant.group_size) if quant.weight == "int4" else quant.group_size
         if size % group:
             raise InputError(
                 f"quant.group_size={group}: does not divide the {size} inputs of {name}; allowed: {_GROUPED}"
             )
-        if name in ("o_proj", "down_proj") and size // tensor % group:
-            able = ", ".join(str(n) for n in range(1, tensor) if size % n == 0 and size // n % group == 0)
+        if rule.split_axis == 1 and size // degree % group:
+            able = ", ".join(str(n) for n in range(1, degree) if size % n == 0 and size // n % group == 0)
             raise InputError(
-                f"parallel.tensor={tensor}: the shard of {name} has {size}/{tensor} = {size // tensor} inputs, "
+                f"parallel.{field}={degree}: the shard of {name} has {size}/{degree} = {size // degree} inputs, "
                 f"no multiple of the group of {group} (quant.group_size={quant.group_size}); allowed for {name}: {able}"
             )
         if quant.weight == "int4" and group not in device.group_sizes:

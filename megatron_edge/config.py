@@ -59,9 +59,16 @@ class ModelConfig:
 class ParallelConfig:
     tensor: int = leaf("tensor parallel size", low=1)
     pipeline: int = leaf("pipeline stages", low=1)
+    virtual_pipeline: int = leaf("model chunks per pipeline stage, run interleaved", low=1)
+    stage_layers: list[int] | None = leaf("layers of each stage (of each chunk, in model order); null spreads evenly")
     expert: int = leaf("expert parallel size", low=1)
+    expert_tensor: int = leaf("tensor parallel size of each expert", low=1)
     context: int = leaf("context parallel size", low=1)
     sequence: bool = leaf("split activations between tensor ranks along the sequence")
+    distributed_optimizer: bool = leaf("split optimizer state between data parallel ranks")
+    recompute: Literal["none", "selective", "full"] = leaf(
+        "what backward computes again instead of keeping it: nothing, core attention, or whole layers"
+    )
     timeout_seconds: int = leaf("how long a collective may wait for the other ranks", low=1)
 
 

@@ -27,7 +27,11 @@ class StoppedBySignal(RuntimeError):
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Degrees of parallelism; `dp` is what the world leaves after the others."""
+    """Degrees of parallelism; `dp` is what the world leaves after the others.
+
+    `ep` and `etp` cut the experts alone, over the ranks that data, context and tensor parallelism give to the rest.
+    `stage_layers` are the layers of each of pp x vpp chunks, in the order of the model; empty: spread evenly.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -38,6 +42,7 @@ class ParallelPlan:
     dp: int = 1
     world_size: int = 1
     sequence_parallel: bool = False
+    stage_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,32 @@ class ParamRule:
     """One row of a family's name table: a Megatron parameter and the Hugging Face tensors it holds.
 
     Attributes:
-        pattern: Megatron parameter name; `{layer}` stands for the global layer index.
+        pattern: Megatron parameter name; `{layer}` and `{expert}` stand for indices in the whole model.
         targets: Hugging Face names in the order in which `merge` lays them out.
-        split_axis: dimension that tensor parallelism splits (0 or 1), None where replicated.
+        split_axis: dimension that tensor parallelism splits (0 or 1; for experts: their own), None where replicated.
         merge: replicate | concat | qkv | gated.
+        shape: names of the sizes of one target (of all three for qkv), as in families/table.py.
     """
 
     pattern: str
     targets: tuple[str, ...]
     split_axis: int | None
     merge: str = "concat"
+    shape: tuple[str, ...] = ()
+
+    @property
+    def is_expert(self) -> bool:
+        return ".local_experts." in self.pattern
+
+    @property
+    def is_linear(self) -> bool:
+        """A weight matrix of a decoder layer that may be quantised: not the router, nor an embedding."""
+        return ".layers." in self.pattern and len(self.shape) == 2 and self.merge != "replicate"
+
+    @property
+    def module(self) -> str:
+        """Name of the Megatron module that holds the parameter."""
+        return self.pattern.rsplit(".", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -83,12 +104,14 @@ class QuantPlan:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """What insertion did: matches per rule pattern, disabled quantizers, calibrated maxima by name."""
+    """What insertion did: matches per rule pattern, disabled quantizers, calibrated maxima by name, and the experts
+    that saw no token (their inputs have the maximum of the layer's other experts)."""
 
     matches_per_rule: dict[str, int]
     disabled: tuple[str, ...]
     amax: dict[str, float]
     awq_alpha: dict[str, float] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

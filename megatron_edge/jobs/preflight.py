@@ -35,6 +35,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     source = _checked_model(config)
+    checks.layers_per_chunk(source.hf_config["num_hidden_layers"], layout)
     memory.refuse_if_over(memory.plan(config, source.hf_config), config.device)
     _take_run_directory(config)
     seq_length, seed = config.train.seq_length_tokens, config.train.seed

@@ -22,7 +22,6 @@ from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
-from megatron_edge.model.families import ModelDims
 from megatron_edge.model.source import ModelSource, open_source, resolve_source
 from megatron_edge.quantize import apply, awq, policy
 from megatron_edge.runtime.session import Session, open_session
@@ -72,10 +71,10 @@ class _Run:
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
     source = open_source(resolve_source(config.model.source, config.model.revision))
-    plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
+    plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
-        model = build_model(source.hf_config, launch.plan, run.dtype, session.device)
+        model = build_model(source.hf_config, launch.plan, run.dtype, session.device, config.parallel.recompute)
         found = _checkpoint_to_resume(run)
         if found is None:
             _import_and_calibrate(run, model)
@@ -98,7 +97,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
     """
     source = open_source(resolve_source(config.model.source, config.model.revision))
     check_model_dims(config, source.hf_config)
-    plan = policy.make_plan(config.quant, config.kv, ModelDims.from_hf(source.hf_config))
+    plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
         found = checkpoints.find_newest(run.checkpoint_dir, session)
@@ -167,7 +166,7 @@ def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
 def _import_and_calibrate(run: _Run, model: nn.Module) -> None:
     """Weights in, losses of the model as it came and as calibrated, and the checkpoint of step 0."""
     session, plan = run.session, run.plan
-    load_weights(model, run.source.read, run.source.hf_config, tp_rank=session.tp_rank, tp=session.plan.tp)
+    load_weights(model, run.source.read, run.source.hf_config, session)
     run.extra |= {"data": run.data.fingerprint, "model": run.source.fingerprint()}
     run.losses["bf16" if run.dtype is torch.bfloat16 else "fp32"] = _evaluate(run, model, "the model as it came")
     report = _calibrate(run, model)
@@ -180,7 +179,16 @@ def _import_and_calibrate(run: _Run, model: nn.Module) -> None:
 def _write_report(run: _Run, mine: QuantReport) -> None:
     """quant_report.json: what all stages' quantizers are and hold. All ranks call it."""
     reports = [asdict(report) for report in run.session.gather(mine)]
+    unseen = sorted({name for report in reports for name in report["unseen"]})
+    if unseen:
+        log.warning(
+            "%d experts saw no calibration token and take the scales of their layer's others: %s; "
+            "more data, or a larger quant.calib_size, would reach them",
+            len(unseen),
+            ", ".join(unseen[:8]) + (" ..." if len(unseen) > 8 else ""),
+        )
     merged = {
+        "experts_without_tokens": unseen,
         "matches_per_rule": mine.matches_per_rule,
         "disabled": sorted({name for report in reports for name in report["disabled"]}),
         "amax": {name: value for report in reports for name, value in sorted(report["amax"].items())},
@@ -229,7 +237,9 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     steps = config.train.steps if config.train.mode != "ptq" else 0
     if found.step == 0:
         checkpoints.load_checkpoint(found, model, None, run.plan, session)
-    wrapped, optimizer = step.make_trainable(model, config.train, run.dtype)
+    wrapped, optimizer = step.make_trainable(
+        model, config.train, run.dtype, distributed_optimizer=config.parallel.distributed_optimizer
+    )
     if found.step > 0:
         checkpoints.load_checkpoint(found, wrapped, optimizer, run.plan, session)
     if found.step >= steps:

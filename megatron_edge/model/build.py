@@ -1,37 +1,48 @@
-"""A Hugging Face model as this rank's shard of a Megatron GPTModel, weights read slice by slice."""
+"""A Hugging Face model as this rank's shard of a Megatron GPTModel, weights read slice by slice.
+
+A shard is an nn.ModuleList of model chunks: one GPTModel, or several under virtual pipelining, in the order of the
+model; each may be inside of Megatron's DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from megatron_edge.contracts import InputError, ParallelPlan
-from megatron_edge.model.families import ModelDims, find_rule, pieces, rules_of
+from megatron_edge.checks import layers_per_chunk
+from megatron_edge.contracts import InputError, ParallelPlan, ParamRule
+from megatron_edge.families import dims_of, family_of, find_rule, pieces, renormalises, rules_of
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
 from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
+Recompute = Literal["none", "selective", "full"]
 
 
-def transformer_config(hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, device: torch.device) -> Any:
-    """Megatron's TransformerConfig for a Llama-family model. Fused kernels that need TransformerEngine or apex are
-    off; deallocating pipeline outputs is off on CPU, where with gloo it gives changing, wrong losses."""
+def transformer_config(
+    hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, device: torch.device, recompute: Recompute = "none"
+) -> Any:
+    """Megatron's TransformerConfig. Fused kernels that need TransformerEngine or apex are off; deallocating pipeline
+    outputs is off on CPU, where with gloo it gives changing, wrong losses; virtual pipelines exchange overlapped and
+    unbatched, because batched they give wrong losses."""
     from megatron.core.transformer import TransformerConfig
 
-    dims = ModelDims.from_hf(hf_config)
+    dims, family = dims_of(hf_config), family_of(hf_config)
     return TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
-        ffn_hidden_size=dims.ffn_hidden_size,
+        ffn_hidden_size=dims.ffn_hidden_size or dims.expert_ffn_size,
         num_attention_heads=dims.num_heads,
         num_query_groups=dims.num_kv_heads,
         kv_channels=dims.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=hf_config["rms_norm_eps"],
+        qk_layernorm=family.qk_norm,
+        add_qkv_bias=family.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -41,7 +52,7 @@ def transformer_config(hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, 
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=plan.tp,
-        pipeline_model_parallel_size=plan.pp,
+        context_parallel_size=plan.cp,
         sequence_parallel=plan.sequence_parallel,
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
@@ -55,44 +66,104 @@ def transformer_config(hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, 
         apply_rope_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],
+        **_pipeline_settings(dims.num_layers, plan),
+        **_expert_settings(hf_config, plan),
+        **_recompute_settings(recompute),
     )
 
 
-def build_model(hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """This rank's part of the model, its weights not yet set. All ranks call it; process groups must exist.
+def _pipeline_settings(num_layers: int, plan: ParallelPlan) -> dict[str, Any]:
+    if plan.pp == 1:
+        return {}
+    layout: list[list[str]] = [["decoder"] * count for count in layers_per_chunk(num_layers, plan)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    settings: dict[str, Any] = {"pipeline_model_parallel_size": plan.pp, "pipeline_model_parallel_layout": layout}
+    if plan.vpp > 1:
+        settings["virtual_pipeline_model_parallel_size"] = plan.vpp
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return settings
+
+
+def _expert_settings(hf_config: dict, plan: ParallelPlan) -> dict[str, Any]:
+    dims = dims_of(hf_config)
+    if not dims.num_experts:
+        return {}
+    return {
+        "num_moe_experts": dims.num_experts,
+        "moe_ffn_hidden_size": dims.expert_ffn_size,
+        "moe_router_topk": dims.experts_per_token,
+        "moe_router_pre_softmax": not renormalises(hf_config),
+        "moe_router_load_balancing_type": "none",  # fine-tuning keeps the routing that the model came with
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": plan.ep,
+        "expert_tensor_parallel_size": plan.etp,
+    }
+
+
+def _recompute_settings(recompute: Recompute) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if recompute == "selective" else {}
+
+
+def build_model(
+    hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, device: torch.device, recompute: Recompute = "none"
+) -> nn.ModuleList:
+    """This rank's shard of the model, its weights not yet set. All ranks call it; process groups must exist.
 
     Returns:
-        GPTModel; call it through `forward`. It gives fp32 losses [b, s] (labels given) or logits [b, s, vocab / tp]
-        on the last pipeline stage, hidden states [s, b, h] elsewhere.
+        Its chunks; call them through `forward`. A chunk gives fp32 losses [b, s] (labels given) or logits
+        [b, s, vocab / tp] at the end of the model, hidden states [s, b, h] elsewhere.
     """
     from megatron.core import parallel_state
+
+    config = transformer_config(hf_config, plan, dtype, device, recompute)
+    chunks = nn.ModuleList()
+    for stage in range(plan.vpp):
+        which = {"ignore_virtual": plan.vpp == 1, "vp_stage": stage if plan.vpp > 1 else None}
+        first = parallel_state.is_pipeline_first_stage(**which)
+        last = parallel_state.is_pipeline_last_stage(**which)
+        chunks.append(_build_chunk(hf_config, config, device, first, last, which["vp_stage"]))
+    _mark_tensor_parallel(chunks, hf_config)
+    return chunks.to(device)
+
+
+def _build_chunk(
+    hf_config: dict, config: Any, device: torch.device, first: bool, last: bool, vp_stage: int | None
+) -> nn.Module:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    config = transformer_config(hf_config, plan, dtype, device)
-    dims = ModelDims.from_hf(hf_config)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    dims = dims_of(hf_config)
+    layer = get_gpt_layer_local_spec(
+        normalization="RMSNorm", num_experts=dims.num_experts or None, qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
     model = GPTModel(
         config,
-        block,
+        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm),
         vocab_size=dims.vocab_size,
         max_sequence_length=hf_config["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=first,
+        post_process=last,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=dims.tied,
+        vp_stage=vp_stage,
     )
     model.rotary_pos_emb = PackedRotaryEmbedding(dims.head_dim, rope_theta(hf_config), rope_scaling(hf_config), device)
-    _mark_tensor_parallel(model, hf_config)
-    return model.to(device)
+    return model
 
 
-def _mark_tensor_parallel(model: nn.Module, hf_config: dict) -> None:
+def _mark_tensor_parallel(model: nn.ModuleList, hf_config: dict) -> None:
     """Upstream does this where it initialises weights, which we skip; without it the gradient norm of every clipping
     counts the shards of tensor-parallel rank 0 alone (layers.py:89)."""
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -100,48 +171,80 @@ def _mark_tensor_parallel(model: nn.Module, hf_config: dict) -> None:
     rules = rules_of(hf_config)
     for name, param in named_shards(model).items():
         rule = find_rule(name, rules)
-        if rule is not None and rule.split_axis is not None:
+        if rule is not None and rule.split_axis is not None and not hasattr(param, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(param, True, rule.split_axis, 1)
 
 
-def forward(model: nn.Module, batch: Any, labels: Tensor | None = None) -> Tensor:
-    """Runs `model` on a batch (tokens, positions, attention_mask); positions restart at each document."""
-    unwrap(model).rotary_pos_emb.position_ids = batch.positions
-    return model(batch.tokens, batch.positions, batch.attention_mask, labels=labels)
+def forward(chunk: nn.Module, batch: Any, labels: Tensor | None = None) -> Tensor:
+    """Runs one chunk on a batch (tokens, positions, attention_mask); positions restart at each document."""
+    unwrap(chunk).rotary_pos_emb.position_ids = batch.positions
+    return chunk(batch.tokens, batch.positions, batch.attention_mask, labels=labels)
 
 
-def unwrap(model: nn.Module) -> Any:
-    """The GPTModel inside Megatron's DistributedDataParallel, or the model itself."""
+def unwrap(chunk: nn.Module) -> Any:
+    """The GPTModel inside Megatron's DistributedDataParallel, or the chunk itself."""
     from megatron.core.distributed import DistributedDataParallel
 
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 
-def first_layer_of(model: nn.Module) -> int:
-    """Index in the whole model of this stage's first layer."""
-    layers = unwrap(model).decoder.layers
-    return layers[0].layer_number - 1 if len(layers) else 0
+def chunks_of(model: nn.Module) -> list[Any]:
+    """The GPTModels of a shard."""
+    assert isinstance(model, nn.ModuleList)
+    return [unwrap(chunk) for chunk in model]
 
 
-def global_name(name: str, first_layer: int) -> str:
-    """A module or parameter name of this pipeline stage with the layer's index in the whole model."""
-    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m.group()) + first_layer), name, count=1)
+def _global_name(name: str, first_layer: int, first_expert: int) -> str:
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m.group()) + first_layer), name, count=1)
+    return re.sub(r"(?<=\.local_experts\.)\d+", lambda m: str(int(m.group()) + first_expert), name, count=1)
+
+
+def _first_indices(chunk: Any) -> tuple[int, int]:
+    """Indices in the whole model of the chunk's first layer and of its first expert."""
+    from megatron.core import parallel_state
+
+    layers = chunk.decoder.layers
+    local = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    return first_layer, parallel_state.get_expert_model_parallel_rank() * local
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of all chunks by their name in the whole model: global layer and expert indices."""
+    for chunk in chunks_of(model):
+        first = _first_indices(chunk)
+        for name, module in chunk.named_modules():
+            yield _global_name(name, *first), module
 
 
 def named_shards(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by their name in the whole model; the last stage's copy of a tied embedding under the
     embedding's own name."""
-    inner = unwrap(model)
-    offset = first_layer_of(inner)
-    shards = {global_name(name, offset): param for name, param in inner.named_parameters()}
-    if inner.share_embeddings_and_output_weights and "output_layer.weight" in shards:
-        copy = shards.pop("output_layer.weight")
-        shards.setdefault("embedding.word_embeddings.weight", copy)
+    shards: dict[str, nn.Parameter] = {}
+    for chunk in chunks_of(model):
+        first = _first_indices(chunk)
+        found = {_global_name(name, *first): param for name, param in chunk.named_parameters()}
+        if chunk.share_embeddings_and_output_weights and "output_layer.weight" in found:
+            copy = found.pop("output_layer.weight")
+            found.setdefault("embedding.word_embeddings.weight", copy)
+        shards |= {name: param for name, param in found.items() if name not in shards}
     return shards
 
 
+def is_copy_of_embedding(name: str, model: nn.Module) -> bool:
+    """Whether a shard named as the embedding is the output layer's copy of it, on a stage without the embedding."""
+    return name.startswith("embedding.") and not any(chunk.pre_process for chunk in chunks_of(model))
+
+
+def tensor_shard(rule: ParamRule, session: Any) -> tuple[int, int]:
+    """(rank, size) of the tensor parallelism that cuts a parameter: an expert's own, or the model's."""
+    if rule.is_expert:
+        return session.etp_rank, session.plan.etp
+    return session.tp_rank, session.plan.tp
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, read: ReadSlice, hf_config: dict, *, tp_rank: int, tp: int) -> int:
+def load_weights(model: nn.Module, read: ReadSlice, hf_config: dict, session: Any) -> int:
     """Fills every parameter of this shard; `read(name, rows, cols)` gives a slice of a Hugging Face tensor.
 
     Returns:
@@ -150,13 +253,14 @@ def load_weights(model: nn.Module, read: ReadSlice, hf_config: dict, *, tp_rank:
     Raises:
         InputError: a parameter that the family's name table does not know.
     """
-    rules, dims = rules_of(hf_config), ModelDims.from_hf(hf_config)
+    rules, dims = rules_of(hf_config), dims_of(hf_config)
     count = 0
     for name, param in named_shards(model).items():
         rule = find_rule(name, rules)
         if rule is None:
             raise InputError(f"model.source: parameter {name} is not in the name table of {hf_config['architectures']}")
-        for piece in pieces(rule, dims, tp_rank=tp_rank, tp=tp):
+        rank, size = tensor_shard(rule, session)
+        for piece in pieces(rule, dims, tp_rank=rank, tp=size):
             cols = slice(*piece.cols) if piece.cols else None
             part = read(piece.target, slice(*piece.rows), cols)
             param.data[slice(*piece.shard_rows)].copy_(part)

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_edge import families
 from megatron_edge.contracts import InputError
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+from megatron_edge.families import FAMILIES, Family
 
 # Rotary embeddings that we can reproduce, each with the numbers that it needs.
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -82,7 +82,8 @@ def checked_config(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     Raises:
         InputError: naming `origin`, the field, its value and what is allowed.
     """
-    _refuse_unsupported(raw, origin)
+    family = _refuse_unsupported(raw, origin)
+    raw = {**family.defaults, **raw}
     config = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype", "_name_or_path")}
     if raw.get("dtype") is not None:
         config["torch_dtype"] = raw["dtype"]
@@ -106,9 +107,11 @@ def checked_config(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise InputError(f"{origin}: rms_norm_eps is {epsilon!r}; allowed: a number between 0 and 1")
     config["rms_norm_eps"] = float(epsilon)
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
-    config.update(hidden_act="silu", attention_bias=False, mlp_bias=False)
-    for field, default in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", None)):
-        config[field] = raw.get(field, default)
+    config["hidden_act"] = "silu"
+    config.update((field, allowed[0]) for field, allowed in family.required.items())
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config[field] = raw.get(field)
+    _check_experts(config, raw, family, origin)
     try:
         config["rope_theta"], config["rope_scaling"] = rope_theta(raw), rope_scaling(raw)
     except (InputError, TypeError, ValueError) as error:
@@ -116,7 +119,19 @@ def checked_config(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return config
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], origin: str) -> None:
+def _check_experts(config: dict[str, Any], raw: Mapping[str, Any], family: Family, origin: str) -> None:
+    if family.num_experts is None or family.expert_ffn is None:
+        return
+    for field in (family.num_experts, family.expert_ffn, "num_experts_per_tok"):
+        config[field] = _positive_int(raw, field, None, origin)
+    if config["num_experts_per_tok"] > config[family.num_experts]:
+        raise InputError(
+            f"{origin}: num_experts_per_tok is {config['num_experts_per_tok']}; "
+            f"allowed: at most {family.num_experts}, {config[family.num_experts]}"
+        )
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], origin: str) -> Family:
     if raw.get("auto_map"):
         raise InputError(
             f"{origin}: auto_map is {raw['auto_map']!r}: this model runs code of its own; "
@@ -129,18 +144,16 @@ def _refuse_unsupported(raw: Mapping[str, Any], origin: str) -> None:
                 "allowed: weights in float32, float16 or bfloat16, or a GGUF file"
             )
     architectures = raw.get("architectures")
-    if (
-        not isinstance(architectures, list)
-        or len(architectures) != 1
-        or architectures[0] not in SUPPORTED_ARCHITECTURES
-    ):
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
         raise InputError(
             f"{origin}: architectures is {architectures!r} (model_type {raw.get('model_type')!r}); "
-            f"allowed: one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"allowed: one of {', '.join(FAMILIES)}"
         )
-    for field, allowed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(field, allowed) != allowed:
-            raise InputError(f"{origin}: {field} is {raw[field]!r}; allowed: {allowed!r}")
+    family = FAMILIES[architectures[0]]
+    for field, allowed in {"hidden_act": ("silu",), **family.required}.items():
+        if raw.get(field, allowed[0]) not in allowed:
+            raise InputError(f"{origin}: {field} is {raw[field]!r}; allowed: {allowed[0]!r}")
+    return family
 
 
 def _positive_int(raw: Mapping[str, Any], field: str, default: int | None, origin: str) -> int:
@@ -153,25 +166,7 @@ def _positive_int(raw: Mapping[str, Any], field: str, default: int | None, origi
 
 def expected_tensors(hf_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checked config promises, in the model's order."""
-    hidden, ffn, vocab = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["vocab_size"]
-    width = head_dim(hf_config)
-    query, key_value = hf_config["num_attention_heads"] * width, hf_config["num_key_value_heads"] * width
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(hf_config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.self_attn.q_proj.weight"] = (query, hidden)
-        shapes[f"{prefix}.self_attn.k_proj.weight"] = (key_value, hidden)
-        shapes[f"{prefix}.self_attn.v_proj.weight"] = (key_value, hidden)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, query)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (ffn, hidden)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (ffn, hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, ffn)
-    shapes["model.norm.weight"] = (hidden,)
-    if not hf_config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
+    return families.expected_tensors(families.rules_of(hf_config), families.dims_of(hf_config))
 
 
 def check_tensors(hf_config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], origin: str) -> None:
@@ -199,7 +194,7 @@ def check_tensors(hf_config: Mapping[str, Any], found: Mapping[str, tuple[int, .
         raise InputError(f"{origin}: {_some(surplus)} unknown to {hf_config['architectures'][0]}; allowed: {_LAYOUT}")
 
 
-_LAYOUT = "embed_tokens, norm, lm_head and, per layer, two norms and the q/k/v/o/gate/up/down projections"
+_LAYOUT = "the names in that family's table (megatron_edge/families)"
 
 
 def _some(items: list[str]) -> str:

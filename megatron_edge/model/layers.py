@@ -70,20 +70,32 @@ class PackedRotaryEmbedding(nn.Module):
         return torch.cat((angles, angles), dim=-1)[:, :, None, :]
 
 
+def _gather_parts(x: Tensor) -> Tensor:
+    """[s / cp, ...] of each context-parallel rank -> [s, ...] on each; gradients are summed back to the parts."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    return gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
+
+
 class PackedAttention(nn.Module):
     """Core attention on torch's fused kernel, confined to documents by the mask that the data gives.
 
-    `attention_mask` is bool [b, 1, s, s], True where attention is not allowed. KV quantizers act on key and value
-    after rotation, as a runtime's cache sees them.
+    `attention_mask` is bool [b, 1, s, t], True where attention is not allowed. KV quantizers act on key and value
+    after rotation, as a runtime's cache sees them. Under context parallelism s is this rank's part of the text and t
+    the whole, as the ranks' parts follow each other (train/step.py makes the mask so).
     """
 
     def __init__(self, config: Any, *_: Any, **__: Any) -> None:
         super().__init__()
         self.config = config
         self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.gathers = config.context_parallel_size > 1
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
+        if self.gathers:
+            key, value = (_gather_parts(x) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         repeats = q.shape[1] // k.shape[1]
         if repeats > 1:

@@ -19,7 +19,6 @@ import torch
 from megatron_edge.contracts import InputError
 from megatron_edge.model.download import ALLOWED_SOURCES, PICKLED, resolve_source
 from megatron_edge.model.hf_config import (
-    SUPPORTED_ARCHITECTURES,
     check_tensors,
     checked_config,
     expected_tensors,
@@ -29,7 +28,6 @@ from megatron_edge.model.hf_config import (
 )
 
 __all__ = [
-    "SUPPORTED_ARCHITECTURES",
     "ModelSource",
     "head_dim",
     "load_tokenizer",

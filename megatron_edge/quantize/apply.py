@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
-from megatron_edge.model.build import first_layer_of, global_name, unwrap
+from megatron_edge.model.build import chunks_of, named_modules
 from megatron_edge.model.layers import PackedAttention
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime import compat
-from megatron_edge.runtime.session import data_group, pipeline_group, tensor_group
+from megatron_edge.runtime.session import compute_device, data_group, expert_groups, tensor_group
 
 log = logging.getLogger("megatron_edge")
 
@@ -120,25 +121,26 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
     import modelopt.torch.quantization as mtq
 
     _register()
-    inner = unwrap(model)
-    offset = first_layer_of(inner)
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    names = {name: global_name(name, offset) for name, _ in inner.named_modules()}
-    for name, whole in names.items():
-        rule = rule_for(whole, plan)
-        if rule is not None:
-            entries += _linear_entries(name, rule)
-        if plan.kv != "none" and name.endswith(".core_attention"):
-            kind = "int8_kv" if plan.kv == "int8" else plan.kv
-            args = {"format": plan.kv, "role": "kv", "group_size": 0}
-            entries += [
-                {"quantizer_name": f"{name}.{which}_bmm_quantizer", "cfg": _attributes(kind, 0, args)} for which in "kv"
-            ]
+    names = {module: name for name, module in named_modules(model)}
     matches = _count_matches(list(names.values()), plan)
-    if len(entries) > 1:
-        with contextlib.redirect_stdout(None):  # modelopt prints a count per rank; the report has better ones
-            mtq.quantize(inner, {"quant_cfg": entries, "algorithm": None})
+    for chunk in chunks_of(model):
+        entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        for name, module in chunk.named_modules():
+            rule = rule_for(names[module], plan)
+            if rule is not None:
+                entries += _linear_entries(name, rule)
+            if plan.kv != "none" and name.endswith(".core_attention"):
+                entries += _kv_entries(name, plan.kv)
+        if len(entries) > 1:
+            with contextlib.redirect_stdout(None):  # modelopt prints a count per rank; the report has better ones
+                mtq.quantize(chunk, {"quant_cfg": entries, "algorithm": None})
     return matches
+
+
+def _kv_entries(name: str, kv: str) -> list[dict[str, Any]]:
+    args = {"format": kv, "role": "kv", "group_size": 0}
+    cfg = _attributes("int8_kv" if kv == "int8" else kv, 0, args)
+    return [{"quantizer_name": f"{name}.{which}_bmm_quantizer", "cfg": cfg} for which in "kv"]
 
 
 def _linear_entries(name: str, rule: QuantRule) -> list[dict[str, Any]]:
@@ -160,12 +162,12 @@ def _attributes(kind: str, group_size: int, args: dict[str, Any]) -> dict[str, A
 
 def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
     patterns = [rule.pattern for rule in plan.rules] + list(plan.excluded)
-    counts = torch.tensor([sum(fnmatch(name, pattern) for name in names) for pattern in patterns], dtype=torch.int64)
-    if len(patterns) and dist.get_backend() == "nccl":
-        counts = counts.cuda()
-    if len(patterns):
-        dist.all_reduce(counts, group=pipeline_group())
-    matches = dict(zip(patterns, counts.tolist(), strict=True))
+    if not patterns:
+        return {}
+    mine = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
+    everyone: list[dict[str, set[str]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in patterns}
     empty = [pattern for pattern, count in matches.items() if count == 0]
     if empty:
         raise InputError(f"quant: patterns {empty} match no module of the model; names look like {names[-3:]}")
@@ -176,25 +178,82 @@ def calibrate(
     model: nn.Module, plan: QuantPlan, matches: dict[str, int], forward_loop: Callable[[nn.Module], None]
 ) -> QuantReport:
     """Sets every quantizer's maximum from the weights and from `forward_loop` (data), then snaps it so that the
-    scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a tensor."""
-    import modelopt.torch.quantization as mtq
+    scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a tensor, and those of
+    inputs on all experts of a layer, so that one that saw no token has a safe scale."""
+    from modelopt.torch.quantization import model_calib
 
-    inner = unwrap(model)
-    enabled = [(name, q) for name, q in _quantizers(inner) if q.is_enabled]
-    if enabled:
-        needs_data = any(_wants_data(q) for _, q in enabled)
-        with torch.no_grad():
-            mtq.calibrate(inner, "max", forward_loop if needs_data else None)
-    offset = first_layer_of(inner)
+    enabled = {name: q for name, q in _quantizers(model) if q.is_enabled}
+    with torch.no_grad(), _counted_tokens(model) as tokens:
+        for chunk in chunks_of(model):
+            model_calib.enable_stats_collection(chunk)
+            model_calib.weight_only_quantize(chunk)
+        if any(_wants_data(q) for q in enabled.values()):
+            forward_loop(model)
+        for chunk in chunks_of(model):
+            model_calib.finish_stats_collection(chunk)
     amax = {}
-    for name, quantizer in enabled:
-        value = getattr(quantizer, "_amax", None)
-        if value is None:
+    for name, value in _shared_maxima(enabled).items():
+        set_amax(enabled[name], value)
+        amax[name] = float(enabled[name]._amax.max())
+    disabled = tuple(name for name, q in _quantizers(model) if not q.is_enabled)
+    unseen = tuple(name for name, count in tokens.items() if count == 0)
+    return QuantReport(matches_per_rule=matches, disabled=disabled, amax=amax, unseen=unseen)
+
+
+@contextlib.contextmanager
+def _counted_tokens(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Inside, the tokens that each expert of this shard sees are counted, by its name."""
+    counts: dict[str, int] = {}
+    handles = []
+    for name, module in named_modules(model):
+        if ".local_experts." in name and name.endswith(".linear_fc1"):
+            expert = name.removesuffix(".linear_fc1")
+            counts[expert] = 0
+
+            def count(_: nn.Module, inputs: tuple[Tensor, ...], expert: str = expert) -> None:
+                counts[expert] += inputs[0].shape[0]
+
+            handles.append(module.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shared_maxima(quantizers: dict[str, Any]) -> dict[str, Tensor]:
+    """Collected maxima, equal on all ranks that share what they are of. All ranks call it with the same layers."""
+    expert_tensor, expert_model, expert_data = expert_groups()
+    groups: dict[str, list[Any]] = {
+        "shard": [tensor_group(), data_group()],
+        "expert": [expert_tensor, expert_data],
+        "experts": [expert_tensor, expert_model, expert_data],
+    }
+    shared: dict[str, dict[str, list[str]]] = {kind: {} for kind in groups}  # kind -> what shares a maximum -> names
+    found = {}
+    for name, quantizer in quantizers.items():
+        args = quantizer.backend_extra_args
+        if args["format"] == "int4":
+            found[name] = quantizer._amax  # of blocks, which no rank shares but with its replicas
+        elif args["format"] != "int8":
+            kind = "shard" if ".local_experts." not in name else "experts" if args["role"] == "input" else "expert"
+            key = re.sub(r"(?<=\.local_experts\.)\d+", "*", name) if kind == "experts" else name
+            shared[kind].setdefault(key, []).append(name)
+    for kind, keys in shared.items():
+        if not keys:
             continue
-        set_amax(quantizer, value)
-        amax[global_name(name, offset)] = float(quantizer._amax.max())
-    disabled = tuple(global_name(n, offset) for n, q in _quantizers(inner) if not q.is_enabled)
-    return QuantReport(matches_per_rule=matches, disabled=disabled, amax=amax)
+        maxima = torch.stack([_largest([quantizers[name] for name in names]) for names in keys.values()])
+        for group in groups[kind]:
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        for names, value in zip(keys.values(), maxima, strict=True):
+            found.update((name, value) for name in names)
+    return found
+
+
+def _largest(quantizers: list[Any]) -> Tensor:
+    """fp32 []; 0 where none of them saw anything."""
+    seen = [q._amax.detach().float().reshape(()) for q in quantizers if getattr(q, "_amax", None) is not None]
+    return torch.stack(seen).max() if seen else torch.zeros((), device=compute_device())
 
 
 def _wants_data(quantizer: Any) -> bool:
@@ -213,16 +272,15 @@ def set_amax(quantizer: Any, value: Tensor) -> None:
 
 
 def _quantizers(model: nn.Module) -> list[tuple[str, Any]]:
+    """All quantizers of this shard by their name in the whole model."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, TensorQuantizer)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, TensorQuantizer)]
 
 
 def enabled_quantizers(model: nn.Module) -> dict[str, Any]:
     """Enabled quantizers of this shard by their name in the whole model (…linear_fc1.weight_quantizer)."""
-    inner = unwrap(model)
-    offset = first_layer_of(inner)
-    return {global_name(name, offset): q for name, q in _quantizers(inner) if q.is_enabled}
+    return {name: quantizer for name, quantizer in _quantizers(model) if quantizer.is_enabled}
 
 
 @contextlib.contextmanager

@@ -2,36 +2,38 @@
 
 modelopt's search picks a different exponent on each tensor-parallel rank and averages the scales; ours reduces
 statistics and losses over the ranks that share a layer, so that every layout finds the same exponent. Scales are
-folded where that is exact and survives training: norm -> qkv, norm -> fc1, rows of up_proj -> down_proj. o_proj under
-grouped-query attention has no exact place for its scale and gets none. Nothing is left behind in the model.
+folded where that is exact and survives training: norm -> qkv, norm -> fc1, rows of up_proj -> down_proj. All experts of
+a layer read one norm, so they share its scale, and the router's columns take it as well. o_proj under grouped-query
+attention has no exact place for its scale and gets none. Nothing is left behind in the model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import QuantPlan
-from megatron_edge.model.build import first_layer_of, global_name, unwrap
+from megatron_edge.model.build import chunks_of, named_modules
 from megatron_edge.quantize.policy import rule_for
-from megatron_edge.runtime.session import gather_sequence, tensor_group
+from megatron_edge.runtime.session import expert_groups, gather_context, gather_sequence, tensor_group
 
 log = logging.getLogger("megatron_edge")
 
 ALPHAS = tuple(step / 10 for step in range(11))
-_FOLDED = (".self_attention.linear_qkv", ".mlp.linear_fc1", ".mlp.linear_fc2")
+_READ = (".self_attention.linear_qkv", ".mlp.linear_fc1", ".mlp.linear_fc2", ".mlp.router")
 
 
 @dataclass
 class _Statistics:
-    """What calibration saw at one linear's input: mean |x| per channel, and some tokens for the loss."""
+    """What calibration saw at one module's input: mean |x| per channel, and some tokens for the loss."""
 
     total: Tensor
     count: int = 0
@@ -40,10 +42,23 @@ class _Statistics:
 
 @dataclass(frozen=True)
 class AwqChoice:
-    """The exponent found for one linear layer and the loss of every candidate, in the order of ALPHAS."""
+    """The exponent found for one scale and the loss of every candidate, in the order of ALPHAS."""
 
     alpha: float
     losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Linear layers that share a scale, each with the tokens that it reads; `groups` hold the rest of them: other rows
+    (or, `row_parallel`, columns) of the same weights, other experts."""
+
+    weights: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    x_mean: Tensor
+    group_size: int
+    row_parallel: bool
+    groups: tuple[Any, ...]
 
 
 @torch.no_grad()
@@ -52,46 +67,46 @@ def search_and_fold(
 ) -> dict[str, AwqChoice]:
     """Finds and folds the scales of this shard, in place, before quantizers are inserted. All ranks call it.
 
-    `forward_loop` runs the calibration data through the model; about `awq_tokens` of its `calib_tokens` tokens,
-    evenly spaced, measure the loss.
+    `forward_loop` runs the calibration data through the model, the same on all data-parallel ranks; about `awq_tokens`
+    of its `calib_tokens` tokens, evenly spaced, measure the loss.
 
     Returns:
-        Choices by module name in the whole model (this pipeline stage's).
+        Choices by module name in the whole model (this shard's); experts' fc1 under `...mlp.experts.linear_fc1`.
     """
-    inner = unwrap(model)
-    offset = first_layer_of(inner)
-    group = tensor_group()
-    targets = {}
-    for name, module in inner.named_modules():
-        rule = rule_for(global_name(name, offset), plan)
-        if rule is not None and rule.weight == "int4" and name.endswith(_FOLDED):
-            targets[name] = (module, rule.group_size)
-    stride = max(1, calib_tokens // awq_tokens)
-    statistics = _collect(inner, {n: m for n, (m, _) in targets.items()}, forward_loop, stride)
-    choices = {}
-    scales = {}
-    for name, (module, group_size) in targets.items():
-        row_parallel = name.endswith("linear_fc2")
-        scales[name], choices[global_name(name, offset)] = _search(
-            module.weight, statistics.pop(name), group_size, row_parallel, group
-        )
-    for name, scale in scales.items():
-        layer = inner.get_submodule(name.rsplit(".", 2)[0])
-        _fold(layer, name.rsplit(".", 1)[1], scale)
+    modules = dict(named_modules(model))
+    statistics = _collect(model, modules, forward_loop, max(1, calib_tokens // awq_tokens))
+    choices: dict[str, AwqChoice] = {}
+    for prefix in [name.removesuffix("self_attention") for name in modules if name.endswith(".self_attention")]:
+        layer = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
+        seen = {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
+        group_sizes = {name: _group_size(prefix + name, plan) for name in layer}
+        sites = _expert_sites if "mlp.router" in layer else _mlp_sites
+        scales = {}
+        for name, site in (*_attention_sites(layer, group_sizes, seen), *sites(layer, group_sizes, seen)):
+            scales[name], choices[prefix + name] = _search(site)
+        for name, scale in scales.items():
+            _fold(layer, name, scale)
     return choices
+
+
+def _group_size(name: str, plan: QuantPlan) -> int:
+    """0 where the module is not a linear layer with int4 weights."""
+    rule = rule_for(name, plan)
+    return rule.group_size if rule is not None and rule.weight == "int4" else 0
 
 
 def _collect(
     model: nn.Module, modules: dict[str, nn.Module], forward_loop: Callable[[nn.Module], None], stride: int
 ) -> dict[str, _Statistics]:
     found: dict[str, _Statistics] = {}
-    sequence_parallel = model.config.sequence_parallel
+    sequence_parallel = chunks_of(model)[0].config.sequence_parallel
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach()
             if sequence_parallel and not name.endswith("linear_fc2"):
                 x = gather_sequence(x)
+            x = gather_context(x)
             x = x.reshape(-1, x.shape[-1]).float()
             seen = found.setdefault(name, _Statistics(total=torch.zeros_like(x[0])))
             first = -seen.count % stride
@@ -101,7 +116,7 @@ def _collect(
 
         return see
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items() if name.endswith(_READ)]
     try:
         forward_loop(model)
     finally:
@@ -110,26 +125,78 @@ def _collect(
     return found
 
 
-def _search(
-    weight: Tensor, seen: _Statistics, group_size: int, row_parallel: bool, group: Any
-) -> tuple[Tensor, AwqChoice]:
-    """Scale [in / tp if row_parallel else in] with the least output error over ALPHAS."""
-    weight = weight.float()
-    x = torch.cat(seen.kept)
-    x_mean = seen.total / seen.count
-    w_mean = _relative_magnitude(weight, group_size)
-    if not row_parallel:
-        rows = torch.tensor(float(weight.shape[0]), device=weight.device)
-        w_mean = _sum(w_mean, group) / _sum(rows, group)
-    else:
-        w_mean = w_mean / weight.shape[0]
-    losses = []
-    for alpha in ALPHAS:
-        scale = _scale(x_mean, w_mean, alpha, row_parallel, group)
-        losses.append(_loss(weight, x, scale, group_size, row_parallel, group))
+_Layer = dict[str, nn.Module]
+_Sites = Iterator[tuple[str, _Site]]
+
+
+def _attention_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
+    yield from _dense_sites(("self_attention.linear_qkv",), layer, group_sizes, seen)
+
+
+def _mlp_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
+    yield from _dense_sites(("mlp.linear_fc1", "mlp.linear_fc2"), layer, group_sizes, seen)
+
+
+def _dense_sites(
+    names: tuple[str, ...], layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]
+) -> _Sites:
+    for name in names:
+        if group_sizes[name]:
+            stats, weight = seen.pop(name), layer[name].weight
+            row_parallel = name.endswith("linear_fc2")
+            x = torch.cat(stats.kept)
+            yield name, _Site((weight,), (x,), stats.total / stats.count, group_sizes[name], row_parallel, _tensor())
+
+
+def _tensor() -> tuple[Any, ...]:
+    return (tensor_group(),)
+
+
+def _expert_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
+    """One site for what all experts read; one for each expert's hidden activations. An expert that the kept tokens do
+    not reach says nothing on the first and is left unscaled in the second."""
+    stats = seen.pop("mlp.router")
+    x, router = torch.cat(stats.kept), layer["mlp.router"]
+    _, routed = router(x[:, None].to(router.weight.dtype))  # [tokens, experts of the whole model]
+    experts = [name.removesuffix(".linear_fc1") for name in layer if name.endswith(".linear_fc1")]
+    tokens = {name: x[routed[:, int(name.rsplit(".", 1)[1])].bool()] for name in experts}
+    chosen = [name for name in experts if group_sizes[f"{name}.linear_fc1"]]
+    sizes = {group_sizes[f"{name}.linear_fc1"] for name in chosen}
+    expert_tensor, expert_model, _ = expert_groups()
+    if sizes:
+        yield (
+            "mlp.experts.linear_fc1",
+            _Site(
+                [layer[f"{name}.linear_fc1"].weight for name in chosen],
+                [tokens[name] for name in chosen],
+                stats.total / stats.count,
+                sizes.pop(),
+                row_parallel=False,
+                groups=(expert_tensor, expert_model),
+            ),
+        )
+    for name in experts:
+        size, fc1 = group_sizes[f"{name}.linear_fc2"], layer[f"{name}.linear_fc1"]
+        if size and len(tokens[name]):
+            gate, up = (tokens[name] @ fc1.weight.float().t()).chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
+            weight = layer[f"{name}.linear_fc2"].weight
+            yield (
+                f"{name}.linear_fc2",
+                _Site((weight,), (hidden,), hidden.abs().mean(0), size, row_parallel=True, groups=(expert_tensor,)),
+            )
+
+
+def _search(site: _Site) -> tuple[Tensor, AwqChoice]:
+    """Scale [in of the shard] with the least output error over ALPHAS."""
+    magnitude = torch.stack([_relative_magnitude(weight.float(), site.group_size) for weight in site.weights]).sum(0)
+    rows = torch.tensor(float(sum(weight.shape[0] for weight in site.weights)), device=magnitude.device)
+    if not site.row_parallel:
+        magnitude, rows = _sum(magnitude, site), _sum(rows, site)
+    w_mean = magnitude / rows
+    losses = [_loss(site, _scale(site, w_mean, alpha)) for alpha in ALPHAS]
     best = min(range(len(ALPHAS)), key=losses.__getitem__)
-    scale = _scale(x_mean, w_mean, ALPHAS[best], row_parallel, group)
-    return scale, AwqChoice(ALPHAS[best], tuple(losses))
+    return _scale(site, w_mean, ALPHAS[best]), AwqChoice(ALPHAS[best], tuple(losses))
 
 
 def _relative_magnitude(weight: Tensor, group_size: int) -> Tensor:
@@ -139,42 +206,50 @@ def _relative_magnitude(weight: Tensor, group_size: int) -> Tensor:
     return (blocks / (blocks.amax(-1, keepdim=True) + tiny)).reshape(weight.shape).sum(0)
 
 
-def _scale(x_mean: Tensor, w_mean: Tensor, alpha: float, row_parallel: bool, group: Any) -> Tensor:
+def _scale(site: _Site, w_mean: Tensor, alpha: float) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
-    scale = (x_mean.pow(alpha) / (w_mean.pow(1 - alpha) + tiny)).clamp(1e-4, 1e4)
+    scale = (site.x_mean.pow(alpha) / (w_mean.pow(1 - alpha) + tiny)).clamp(1e-4, 1e4)
     extremes = torch.stack((scale.max(), -scale.min()))
-    if row_parallel:
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    if site.row_parallel:
+        for group in site.groups:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     return scale / (extremes[0] * -extremes[1]).sqrt()
 
 
-def _loss(weight: Tensor, x: Tensor, scale: Tensor, group_size: int, row_parallel: bool, group: Any) -> float:
-    scaled = weight * scale
-    amax = formats.snap_amax("int4", formats.weight_amax("int4", scaled, group_size))
-    error = formats.fake_quantize("int4", scaled, amax, group_size) / scale - weight
-    out = x @ error.t()
-    if row_parallel:
-        return float(_sum(out, group).pow(2).sum())
-    return float(_sum(out.pow(2).sum(), group))
+def _loss(site: _Site, scale: Tensor) -> float:
+    """Squared error of the outputs, summed over the site's weights and groups."""
+    total = torch.zeros((), device=scale.device)
+    for stored, x in zip(site.weights, site.inputs, strict=True):
+        weight = stored.float()
+        scaled = weight * scale
+        amax = formats.snap_amax("int4", formats.weight_amax("int4", scaled, site.group_size))
+        error = formats.fake_quantize("int4", scaled, amax, site.group_size) / scale - weight
+        out = x @ error.t()
+        total += (_sum(out, site) if site.row_parallel else out).pow(2).sum()
+    return float(total if site.row_parallel else _sum(total, site))
 
 
-def _sum(value: Tensor, group: Any) -> Tensor:
-    dist.all_reduce(value, group=group)
+def _sum(value: Tensor, site: _Site) -> Tensor:
+    for group in site.groups:
+        dist.all_reduce(value, group=group)
     return value
 
 
-def _fold(layer: nn.Module, linear: str, scale: Tensor) -> None:
+def _fold(layer: _Layer, name: str, scale: Tensor) -> None:
     """weight columns x scale; whatever feeds them / scale. Arithmetic in fp32, one rounding to the stored dtype."""
-    if linear == "linear_qkv":
-        _multiply(layer.self_attention.linear_qkv.weight, scale)
-        _multiply(layer.input_layernorm.weight, 1 / scale)
-    elif linear == "linear_fc1":
-        _multiply(layer.mlp.linear_fc1.weight, scale)
-        _multiply(layer.pre_mlp_layernorm.weight, 1 / scale)
-    else:
-        _multiply(layer.mlp.linear_fc2.weight, scale)
-        up_rows = layer.mlp.linear_fc1.weight[layer.mlp.linear_fc1.weight.shape[0] // 2 :]
-        _multiply(up_rows, 1 / scale[:, None])
+    if name.endswith("linear_fc2"):
+        _multiply(layer[name].weight, scale)
+        fc1 = layer[name.removesuffix("linear_fc2") + "linear_fc1"].weight
+        _multiply(fc1[fc1.shape[0] // 2 :], 1 / scale[:, None])
+        return
+    norm, readers = "pre_mlp_layernorm", [name]
+    if name == "self_attention.linear_qkv":
+        norm = "input_layernorm"
+    elif name == "mlp.experts.linear_fc1":
+        readers = ["mlp.router", *(key for key in layer if key.endswith(".linear_fc1"))]
+    for reader in readers:
+        _multiply(layer[reader].weight, scale)
+    _multiply(layer[norm].weight, 1 / scale)
 
 
 def _multiply(param: Tensor, factor: Tensor) -> None:

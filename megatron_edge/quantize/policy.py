@@ -6,29 +6,26 @@ overrides an earlier one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
 from megatron_edge.artifact.formats import effective_group_size
 from megatron_edge.contracts import InputError, QuantPlan, QuantRule
-from megatron_edge.model.families import ModelDims
-
-# Linear layers of a decoder layer and the size of their input.
-LINEARS = {
-    "*.self_attention.linear_qkv": "hidden",
-    "*.self_attention.linear_proj": "heads",
-    "*.mlp.linear_fc1": "hidden",
-    "*.mlp.linear_fc2": "ffn",
-}
+from megatron_edge.families import dims_of, rules_of
 
 
-def in_features(dims: ModelDims) -> dict[str, int]:
-    """Input size of each kind of linear layer, by its pattern."""
-    sizes = {"hidden": dims.hidden_size, "heads": dims.num_heads * dims.head_dim, "ffn": dims.ffn_hidden_size}
-    return {pattern: sizes[kind] for pattern, kind in LINEARS.items()}
+def in_features(hf_config: Mapping[str, Any]) -> dict[str, int]:
+    """Input size of each kind of linear layer, by a pattern of its Megatron modules."""
+    dims = dims_of(hf_config)
+    return {
+        rule.module.replace("decoder.layers.{layer}", "*").replace("{expert}", "*"): dims.size(rule.shape[1])
+        for rule in rules_of(hf_config)
+        if rule.is_linear
+    }
 
 
-def make_plan(quant: Any, kv: Any, dims: ModelDims) -> QuantPlan:
+def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
     """`quant` has weight, activation, group_size, algorithm and exclude; `kv` has format (config.py).
 
     Raises:
@@ -36,7 +33,7 @@ def make_plan(quant: Any, kv: Any, dims: ModelDims) -> QuantPlan:
     """
     rules: list[QuantRule] = []
     if quant.weight != "none":
-        for pattern, size in in_features(dims).items():
+        for pattern, size in in_features(hf_config).items():
             group = _group_size(quant.weight, size, quant.group_size)
             rules.append(QuantRule(pattern, quant.weight, quant.activation, group))
     return QuantPlan(

@@ -31,23 +31,27 @@ def block_shape(weight: Tensor, group_size: int) -> tuple[int, int]:
 
 
 class AmaxShard(NamedTuple):
-    """This rank's part of a maximum: `axis` is the dimension that tensor parallelism splits, None where replicated."""
+    """This rank's part of a maximum: `axis` is the dimension that tensor parallelism splits (an expert's own, where
+    `is_expert`), None where replicated."""
 
     data: Tensor
     axis: int | None
+    is_expert: bool
 
 
 def quantizer_shards(model: nn.Module, plan: QuantPlan) -> dict[str, AmaxShard]:
     """Every calibrated maximum of this shard by its key in a checkpoint."""
     shards = {}
     for name, quantizer, block in _calibrated(model, plan):
-        keys = amax_keys(name, block is not None)
+        keys, is_expert = amax_keys(name, block is not None), ".local_experts." in name
         if block is None:
-            shards[keys[0]] = AmaxShard(quantizer._amax.reshape(1), None)
+            shards[keys[0]] = AmaxShard(quantizer._amax.reshape(1), None, is_expert)
             continue
         axis = 1 if name.split(".")[-2] in _ROW_PARALLEL else 0
         parts = quantizer._amax.reshape(block).chunk(len(keys))
-        shards.update((key, AmaxShard(part.contiguous(), axis)) for key, part in zip(keys, parts, strict=True))
+        shards.update(
+            (key, AmaxShard(part.contiguous(), axis, is_expert)) for key, part in zip(keys, parts, strict=True)
+        )
     return shards
 
 

@@ -21,7 +21,7 @@ import torch
 MEGATRON_VERSIONS = ("0.16.1",)
 MODELOPT_VERSIONS = ("0.47.0",)
 
-# Modules of megatron.core 0.16.1 that name a CUDA device, stream or random state on the path of a dense GPT.
+# Modules of megatron.core 0.16.1 that name a CUDA device, stream or random state on our path.
 _MODULES_NAMING_CUDA = (
     "tensor_parallel.layers",
     "tensor_parallel.mappings",
@@ -30,6 +30,10 @@ _MODULES_NAMING_CUDA = (
     "distributed.param_and_grad_buffer",
     "optimizer.optimizer",
     "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "transformer.moe.router",
+    "transformer.moe.token_dispatcher",
+    "transformer.utils",
     "utils",
     "dist_checkpointing.strategies.filesystem_async",
     "dist_checkpointing.strategies.state_dict_saver",
@@ -56,6 +60,9 @@ class _NoStream:
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
     def record(self, stream: Any = None) -> None: ...
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
+
     def wait(self, stream: Any = None) -> None: ...
 
 
@@ -151,6 +158,7 @@ _HARMLESS_WARNINGS = (
         "an MLP holds no quantizer itself",
     ),
     (r"The given buffer is not writable", "modelopt's extra state, which we do not save"),
+    (r"`torch.distributed.reduce_scatter_tensor` is deprecated", "Megatron's call of torch"),
     (r"`load_state_dict` is deprecated and will be removed in future versions", "Megatron's call of torch"),
     (r"Attempting to run cuBLAS, but there was no current CUDA context", "torch then makes the context itself"),
     (r".*all_gather_into_tensor.* is deprecated", "Megatron's call of torch"),
@@ -176,7 +184,9 @@ def install() -> None:
     if not torch.cuda.is_available():
         _megatron_on_cpu()
     _write_checkpoints_in_process()
+    _experts_without_transformer_engine()
     _modelopt_exception_safe()
+    _modelopt_leaves_experts_alone()
 
 
 def _megatron_on_cpu() -> None:
@@ -197,6 +207,49 @@ def _megatron_on_cpu() -> None:
     optimizer.clip_grad_by_total_norm_fp32 = clip
     mixed = optimizer.Float16OptimizerWithFloat16Params
     mixed.__init__ = _with_cpu_as_cuda(mixed.__init__)
+    _distributed_optimizer_on_cpu()
+    _experts_on_gloo()
+
+
+def _distributed_optimizer_on_cpu() -> None:
+    """distrib_optimizer.py:361/420/582 compare Tensor.type() with torch.cuda's."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    DistributedOptimizer.__init__ = _with_cpu_as_cuda(DistributedOptimizer.__init__)
+    build = _with_cpu_as_cuda(DistributedOptimizer._build_model_and_main_param_groups)
+    DistributedOptimizer._build_model_and_main_param_groups = build
+
+
+def _experts_on_gloo() -> None:
+    """moe_utils.py:1093 turns split sizes into numbers only where they are on CUDA, and mappings.py:149 gathers
+    uneven parts, which gloo refuses: they are padded, gathered, and cut again."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
+    even = mappings._gather_along_first_dim
+
+    def gather(x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(x, group, None, use_global_buffer)
+        counts = [int(size) for size in sizes]
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        parts = even(padded, group, None, False).chunk(len(counts)) if max(counts) else [x] * len(counts)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    mappings._gather_along_first_dim = gather
+
+
+def _experts_without_transformer_engine() -> None:
+    """moe_utils.py:1192 asks for a name that is bound only where TransformerEngine is installed."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _random_states_on_cpu() -> None:
@@ -245,6 +298,17 @@ def _modelopt_exception_safe() -> None:
                 delattr(package, kept_as)
 
     custom.replace_function = replace_function
+
+
+def _modelopt_leaves_experts_alone() -> None:
+    """plugins/megatron.py:741 refuses experts under expert and tensor parallelism together; what it does there, sharing
+    maxima, quantize/apply.py does for every layout. The experts' linear layers get their quantizers all the same."""
+    import modelopt.torch.quantization  # its plugins register when it is imported
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    assert modelopt.torch.quantization is not None
+    QuantModuleRegistry.unregister(SequentialMLP)
 
 
 def _write_checkpoints_in_process() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -163,14 +164,20 @@ def _plan(config: RunConfig, world_size: int) -> ParallelPlan:
         world_size,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         context=parallel.context,
         sequence=parallel.sequence,
+        stage_layers=parallel.stage_layers,
     )
 
 
 def _layout_ranks(config: RunConfig) -> int:
-    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    """The fewest processes that the layout needs."""
+    parallel = config.parallel
+    of_stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
+    return parallel.pipeline * of_stage
 
 
 def read_processes(environment: MutableMapping[str, str]) -> Processes:

@@ -25,18 +25,16 @@ log = logging.getLogger("megatron_edge")
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers")
 
 
+def compute_device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def tensor_group() -> Any:
     """Process group of the ranks that share this rank's layers."""
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
-
-
-def pipeline_group() -> Any:
-    """Process group of the stages of this rank's model."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_pipeline_model_parallel_group()
 
 
 def data_group() -> Any:
@@ -46,11 +44,44 @@ def data_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def expert_groups() -> tuple[Any, Any, Any]:
+    """Process groups of the ranks that share this rank's experts, that hold the other experts of its layers, and that
+    hold the same experts."""
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_expert_data_parallel_group(),
+    )
+
+
 def gather_sequence(x: torch.Tensor) -> torch.Tensor:
     """[s / tp, ...] of each rank of `tensor_group` -> [s, ...] on all of them."""
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     return gather_from_sequence_parallel_region(x)
+
+
+def gather_context(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """[..., s / cp, ...] of each context-parallel rank -> [..., s, ...] in the order of the text, on all of them."""
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, x.contiguous(), group=parallel_state.get_context_parallel_group())
+    gathered = torch.cat(parts, dim)
+    order = torch.cat([context_positions(gathered.shape[dim], rank, size) for rank in range(size)])
+    return gathered.index_select(dim, order.argsort().to(x.device))
+
+
+def context_positions(seq_length: int, rank: int, size: int) -> torch.Tensor:
+    """Positions of the text that context-parallel rank `rank` of `size` holds: one piece from the front, one from the
+    back, so that causal attention is the same work everywhere."""
+    pieces = torch.arange(seq_length).chunk(2 * size)
+    return torch.cat((pieces[rank], pieces[2 * size - 1 - rank]))
 
 
 @dataclass(frozen=True)
@@ -62,7 +93,16 @@ class Session:
     rank: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
+    ep_rank: int
+    etp_rank: int
+    edp_rank: int
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Of all replicas of this rank's shard (but for its experts) this is the one that speaks for it."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -117,21 +157,16 @@ def open_session(
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=store if store is not None else dist.HashStore(),
-        rank=rank,
-        world_size=plan.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if cuda else None,
-    )
+    _start_groups(store, rank, plan, device, timeout_seconds)
     failed = True
     try:
         parallel_state.initialize_model_parallel(
             plan.tp,
             plan.pp,
             context_parallel_size=plan.cp,
+            virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
             expert_model_parallel_size=plan.ep,
+            expert_tensor_parallel_size=plan.etp,
             distributed_timeout_minutes=max(1, timeout_seconds // 60),
         )
         random.seed(seed)
@@ -145,7 +180,11 @@ def open_session(
             rank=rank,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+            edp_rank=parallel_state.get_expert_data_parallel_rank(),
         )
         dist.barrier()
         failed = False
@@ -155,6 +194,17 @@ def open_session(
         if not failed or plan.world_size == 1:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def _start_groups(store: Any, rank: int, plan: ParallelPlan, device: torch.device, timeout_seconds: int) -> None:
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store if store is not None else dist.HashStore(),
+        rank=rank,
+        world_size=plan.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def _accelerators() -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import save_tensors
 from megatron_edge.contracts import QuantPlan
-from megatron_edge.model.build import named_shards, unwrap
-from megatron_edge.model.families import ModelDims, find_rule, pieces, rules_of
+from megatron_edge.families import dims_of, find_rule, pieces, rules_of
+from megatron_edge.model.build import is_copy_of_embedding, named_shards, tensor_shard
 from megatron_edge.quantize.apply import enabled_quantizers
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime.session import Session
@@ -66,14 +66,12 @@ def write_reference(
     round_unquantised(model)
     dtype = next(model.parameters()).dtype
     mine: dict[str, Any] = {"weights": [], "activations": {}, "kv": {}}
-    if session.dp_rank == 0:
-        mine["weights"] = _weight_slices(model, hf_config, plan, session)
-        if session.tp_rank == 0:
-            mine["activations"], mine["kv"] = _static_scales(model, hf_config)
+    mine["weights"] = _weight_slices(model, hf_config, plan, session)
+    mine["activations"], mine["kv"] = _static_scales(model, hf_config)
     nll = token_losses(model, batches, session)
     logit_batches = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True))).split(1)[:LOGIT_WINDOWS]
     logits = token_logits(model, logit_batches, session)
-    speaks = session.is_last_stage and session.tp_rank == 0 and session.dp_rank == 0
+    speaks = session.is_last_stage and session.tp_rank == 0 and session.holds_first_copy
     mine["nll"], mine["logits"] = (nll, logits) if speaks else (None, None)
     losses["trained"] = _mean_loss(nll if speaks else None, batches, session)
     gathered: list[Any] = [None] * session.plan.world_size
@@ -124,21 +122,20 @@ def _write(
 @torch.no_grad()
 def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: Session) -> list[dict[str, Any]]:
     """One entry for each part of a Hugging Face tensor that this shard holds; replicated ones once per model."""
-    rules, dims = rules_of(hf_config), ModelDims.from_hf(hf_config)
+    rules, dims = rules_of(hf_config), dims_of(hf_config)
     quantizers = enabled_quantizers(model)
-    copy_of_embedding = session.pp_rank > 0
     entries = []
     for name, param in named_shards(model).items():
-        if name.startswith("embedding") and copy_of_embedding:
-            continue
         rule = find_rule(name, rules)
         assert rule is not None
-        if rule.split_axis is None and session.tp_rank > 0:
+        speaks = session.edp_rank == 0 if rule.is_expert else session.holds_first_copy
+        tp_rank, tp = tensor_shard(rule, session)
+        if not speaks or is_copy_of_embedding(name, model) or (rule.split_axis is None and tp_rank > 0):
             continue
         quantizer = quantizers.get(name.removesuffix(".weight") + ".weight_quantizer")
         used = param.detach() if quantizer is None else quantizer(param.detach())
         chosen = rule_for(name.removesuffix(".weight"), plan)
-        for piece in pieces(rule, dims, tp_rank=session.tp_rank, tp=session.plan.tp):
+        for piece in pieces(rule, dims, tp_rank=tp_rank, tp=tp):
             rows = slice(*piece.shard_rows)
             entry = {
                 "tensor": piece.target,
@@ -173,7 +170,7 @@ def _static_scales(model: nn.Module, hf_config: dict) -> tuple[dict[str, Any], d
     rules = rules_of(hf_config)
     activations: dict[str, Any] = {}
     kv: dict[str, dict[str, float]] = {}
-    for name, quantizer in enabled_quantizers(unwrap(model)).items():
+    for name, quantizer in enabled_quantizers(model).items():
         if not hasattr(quantizer, "_amax"):
             continue
         module, role = name.rsplit(".", 1)

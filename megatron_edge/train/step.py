@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_edge.model.build import forward, unwrap
+from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize.apply import constant_weights
-from megatron_edge.runtime.session import Session
+from megatron_edge.runtime.session import Session, context_positions, gather_context
 from megatron_edge.train.data import Batch, attention_mask
 
 
@@ -28,7 +28,8 @@ class StepResult:
 
 @dataclass
 class DeviceBatch:
-    """A micro-batch on the device, with its attention mask (bool [b, 1, s, s], True: not allowed)."""
+    """This rank's part of a micro-batch on the device, with its attention mask (bool [b, 1, s, t], True: not allowed):
+    s is the part of the text that context parallelism gives to this rank, t all of it."""
 
     tokens: Tensor
     labels: Tensor
@@ -37,22 +38,31 @@ class DeviceBatch:
     attention_mask: Tensor
 
 
-def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    documents = batch.documents.to(device)
+def to_device(batch: Batch, session: Session) -> DeviceBatch:
+    mask, plan, length = attention_mask(batch.documents.to(session.device)), session.plan, batch.tokens.shape[1]
+    if plan.cp > 1:
+        parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
+        mine = parts[session.cp_rank]
+        mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
+        batch = Batch(*(part[:, mine] for part in batch))
     return DeviceBatch(
-        tokens=batch.tokens.to(device),
-        labels=batch.labels.to(device),
-        positions=batch.positions.to(device),
-        loss_mask=batch.loss_mask.to(device),
-        attention_mask=attention_mask(documents),
+        tokens=batch.tokens.to(session.device),
+        labels=batch.labels.to(session.device),
+        positions=batch.positions.to(session.device),
+        loss_mask=batch.loss_mask.to(session.device),
+        attention_mask=mask,
     )
 
 
-def make_trainable(model: nn.Module, train: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Wraps the shard for data parallelism and builds its Adam optimizer (fp32 main weights under bf16).
+def make_trainable(
+    model: nn.Module, train: Any, dtype: torch.dtype, *, distributed_optimizer: bool = False
+) -> tuple[nn.ModuleList, Any]:
+    """Wraps the shard's chunks for data parallelism and builds their Adam optimizer (fp32 main weights under bf16).
+
+    `distributed_optimizer` splits its state between the data-parallel ranks.
 
     Returns:
-        (Megatron DistributedDataParallel, Megatron optimizer). All ranks call it.
+        (chunks in Megatron's DistributedDataParallel, Megatron optimizer). All ranks call it.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -61,12 +71,13 @@ def make_trainable(model: nn.Module, train: Any, dtype: torch.dtype) -> tuple[nn
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    inner = unwrap(model)
-    inner.train()
-    wrapped = DistributedDataParallel(
-        inner.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
-        inner,
+    chunks = chunks_of(model)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer
+    )
+    wrapped = nn.ModuleList(
+        DistributedDataParallel(chunk.config, settings, chunk.train(), disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -79,12 +90,13 @@ def make_trainable(model: nn.Module, train: Any, dtype: torch.dtype) -> tuple[nn
             clip_grad=train.clip_norm,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=distributed_optimizer,
         ),
-        [wrapped],
+        list(wrapped),
     )
-    inner.config.finalize_model_grads_func = finalize_model_grads
-    inner.config.grad_scale_func = optimizer.scale_loss
+    config = chunks[0].config  # of all chunks
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
 
 
@@ -115,24 +127,30 @@ def _losses(output: Tensor, batch: DeviceBatch) -> tuple[Tensor, Tensor, dict[st
     return total, tokens, {"total": total.detach(), "tokens": tokens.detach()}
 
 
-def _train_forward(iterator: Any, model: nn.Module) -> tuple[Tensor, Any]:
+def _train_forward(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    output = forward(model, batch, labels=batch.labels)
+    output = forward(chunk, batch, labels=batch.labels)
     return output, lambda result: _losses(result, batch)
 
 
-def train_step(model: nn.Module, optimizer: Any, batches: list[Batch], session: Session) -> StepResult:
+def _iterators(batches: list[Batch], session: Session) -> list[Any]:
+    """One iterator over the micro-batches for each chunk of the shard."""
+    return [(to_device(batch, session) for batch in batches) for _ in range(session.plan.vpp)]
+
+
+def train_step(model: nn.ModuleList, optimizer: Any, batches: list[Batch], session: Session) -> StepResult:
     """Forward, backward, reduce, clip and update over this rank's micro-batches. All ranks call it."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    model.zero_grad_buffer()
+    for chunk in model:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     micro_batch, seq_length = batches[0].tokens.shape
     with constant_weights(model):
         found = get_forward_backward_func()(
             forward_step_func=_train_forward,
-            data_iterator=(to_device(batch, session.device) for batch in batches),
-            model=model,
+            data_iterator=_iterators(batches, session),
+            model=list(model),
             num_microbatches=len(batches),
             seq_length=seq_length,
             micro_batch_size=micro_batch,
@@ -163,19 +181,29 @@ def run_forward(model: nn.Module, batches: Iterable[Batch], session: Session) ->
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[Batch], session: Session) -> float:
     """Mean nats per counted token over `batches`, which data-parallel ranks share out. Equal on all ranks."""
-    mine = batches[session.dp_rank :: session.plan.dp]
+    # Ranks that exchange tokens with others' experts must run as often as they do, also where there is less to do.
+    filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp)
+    mine = filled[session.dp_rank :: session.plan.dp]
     with constant_weights(model):
-        found = _forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2]) if mine else []
+        found = _forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2])
     total, tokens = _reduce(found, session)
     return total / max(tokens, 1)
+
+
+def _uncounted(batch: Batch) -> Batch:
+    return batch._replace(loss_mask=torch.zeros_like(batch.loss_mask))
 
 
 @torch.no_grad()
 def token_losses(model: nn.Module, batches: list[Batch], session: Session) -> Tensor | None:
     """fp32 nats [n, s] of each token of `batches` on the last stage's ranks, None elsewhere. No data parallelism:
     every data-parallel rank computes all. All ranks call it."""
+
+    def keep(output: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
+        return {"nll": gather_context(output, dim=1).float().cpu()}
+
     with constant_weights(model):
-        found = _forward_only(model, batches, session, lambda output, batch: {"nll": output.float().cpu()})
+        found = _forward_only(model, batches, session, keep)
     return torch.cat([part["nll"] for part in found]) if session.is_last_stage else None
 
 
@@ -185,7 +213,8 @@ def token_logits(model: nn.Module, batches: list[Batch], session: Session) -> Te
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
     def keep(output: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
-        return {"logits": gather_from_tensor_model_parallel_region(output).float().cpu()}
+        whole = gather_context(gather_from_tensor_model_parallel_region(output), dim=1)
+        return {"logits": whole.float().cpu()}
 
     with constant_weights(model):
         found = _forward_only(model, batches, session, keep, with_labels=False)
@@ -203,19 +232,21 @@ def _forward_only(
         zero = torch.zeros((), dtype=torch.int, device=output.device)
         return output, lambda result: (result.sum() * 0, zero, keep(result, batch))
 
-    inner = unwrap(model)
-    was_training = inner.training
-    inner.eval()
+    chunks, was_training = chunks_of(model), model.training
     micro_batch, seq_length = batches[0].tokens.shape
+    filled = batches
+    if session.plan.vpp > 1:  # interleaved schedules want whole rounds of the pipeline
+        filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.pp)
+    model.eval()
     try:
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=(to_device(batch, session.device) for batch in batches),
-            model=inner,
-            num_microbatches=len(batches),
+            data_iterator=_iterators(filled, session),
+            model=chunks,
+            num_microbatches=len(filled),
             seq_length=seq_length,
             micro_batch_size=micro_batch,
             forward_only=True,
-        )
+        )[: len(batches)]
     finally:
-        inner.train(was_training)
+        model.train(was_training)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import QuantPlan, QuantRule
 from megatron_edge.quantize import apply, awq
-from megatron_edge.quantize.policy import LINEARS
 from megatron_edge.train import step
 from tools.layout_parity import Float64Sums
 
@@ -27,7 +26,10 @@ PLAN = QuantPlan(
     kv="fp8",
     group_size=GROUP,
     algorithm="awq",
-    rules=tuple(QuantRule(pattern, "int4", "none", GROUP) for pattern in LINEARS),
+    rules=tuple(
+        QuantRule(f"*.{linear}", "int4", "none", GROUP)
+        for linear in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    ),
 )
 # Megatron's linear layer -> the transformers module whose input it shares, and the modules that it stands for.
 TWINS = {
@@ -63,7 +65,7 @@ def llama() -> Any:
 def fold(llama: Any, session: Any, sums: contextlib.AbstractContextManager[Any]) -> Folded:
     model, batches = megatron_twin(llama, session), random_batches(4)
     assert sum(batch.tokens.numel() for batch in batches) == NUM_TOKENS
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    before = {name: param.detach().clone() for name, param in model[0].named_parameters()}
     with sums:
         logits = step.token_logits(model, batches, session)
 
@@ -89,7 +91,7 @@ def reordered(llama: Any, session: Any) -> Folded:
 
 def scale_of(run: Folded, name: str) -> Tensor:
     """The scale [in] that a linear's folded weight holds. up_proj's rows also hold another: gate_proj's tell."""
-    old, new = run.before[name + ".weight"], run.model.get_parameter(name + ".weight").detach()
+    old, new = run.before[name + ".weight"], run.model[0].get_parameter(name + ".weight").detach()
     rows = len(old) // 2 if name.endswith("linear_fc1") else len(old)
     largest = old[:rows].abs().argmax(0)
     return new[:rows].gather(0, largest[None])[0] / old[:rows].gather(0, largest[None])[0]
@@ -112,7 +114,7 @@ def test_the_choice_for_a_projection_without_a_place_is_none(folded: Folded) -> 
     """o_proj's input channels come from value heads that query heads share: nothing can take up its scale."""
     for name, old in folded.before.items():
         if name.endswith("linear_proj.weight"):
-            assert torch.equal(folded.model.get_parameter(name), old)
+            assert torch.equal(folded.model[0].get_parameter(name), old)
     assert not any("linear_proj" in name for name in folded.choices)
 
 
@@ -129,7 +131,7 @@ def test_nothing_is_left_behind(llama: Any, session: Any) -> None:
     assert not [key for key in run.model.state_dict() if "pre_quant_scale" in key]
     for name, quantizer in apply.enabled_quantizers(run.model).items():
         if name.endswith("weight_quantizer"):
-            weight = run.model.get_parameter(name.removesuffix("_quantizer")).detach()
+            weight = run.model[0].get_parameter(name.removesuffix("_quantizer")).detach()
             amax = formats.snap_amax("int4", formats.weight_amax("int4", weight, GROUP))
             assert torch.equal(quantizer._amax.view_as(amax), amax)
 
@@ -227,7 +229,7 @@ def test_the_search_beside_modelopts(folded: Folded, reordered: Folded, llama: A
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     entries += [{"quantizer_name": f"*{name}.weight_quantizer", "cfg": int4} for name in TWINS]
     config = {"quant_cfg": entries, "algorithm": {"method": "awq_lite", "debug": True}}
-    mtq.quantize(model, config, lambda _: step.run_forward(model, batches, session))
+    mtq.quantize(model[0], config, lambda _: step.run_forward(model, batches, session))
     floor = relative_difference(
         [
             pair
@@ -238,7 +240,7 @@ def test_the_search_beside_modelopts(folded: Folded, reordered: Folded, llama: A
     inputs = inputs_of(llama)
     ours, plain = [], []
     for name, choice in folded.choices.items():
-        theirs = model.get_submodule(name).awq_lite
+        theirs = model[0].get_submodule(name).awq_lite
         weight = twin_weight(llama, name)
         elements_per_batch = NUM_TOKENS // len(batches) * len(weight)
         losses = [loss * elements_per_batch for loss in theirs.loss.values()]

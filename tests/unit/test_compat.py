@@ -98,10 +98,10 @@ def test_a_quantised_model_cannot_be_saved_without(session: Any, monkeypatch_tor
     apply.insert_quantizers(
         model, QuantPlan("fp8", "fp8", "none", 0, "max", (QuantRule("*linear_fc1", "fp8", "fp8", 0),))
     )
-    assert model.sharded_state_dict()
+    assert model[0].sharded_state_dict()
     monkeypatch_torch("modelopt.torch.opt.plugins.megatron")
     with pytest.raises((AssertionError, RuntimeError), match=NO_CUDA):
-        model.sharded_state_dict()
+        model[0].sharded_state_dict()
 
 
 def test_random_states_need_cuda_without() -> None:

@@ -15,6 +15,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, ParallelPlan
 
 SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
@@ -140,8 +141,7 @@ def test_from_hydra_refuses_unknown_keys_at_any_depth() -> None:
         ("train.steps", ("'train.steps' is not of the form key=value",)),
         ("~train.steps", ("~train.steps", "key=value")),
         ("resume=perhaps", ("resume='perhaps'", "auto, never, must")),
-        ("parallel.expert=2", ("parallel.expert=2", "allowed is 1")),
-        ("parallel.context=2", ("parallel.context=2", "allowed is 1")),
+        ("parallel.context=3", ("train.seq_length_tokens=128", "a multiple of 6 (2 x context)")),
         ("parallel.sequence=true", ("parallel.sequence=true", "parallel.tensor")),
         ("quant.group_size=32", ("quant.group_size=32", "16 with quant.weight=nvfp4")),
         ("quant.algorithm=awq", ("quant.algorithm='awq'", "max with quant.weight=nvfp4")),
@@ -252,7 +252,7 @@ def test_sweeps_expand_as_hydra_writes_them() -> None:
     ("arguments", "sizes", "words"),
     [
         (("parallel.tensor=2",), {}, ("parallel.tensor=2", "num_attention_heads=9", "allowed for this model: 1, 3")),
-        (("parallel.pipeline=4",), {}, ("parallel.pipeline=4", "num_hidden_layers=30", "1, 2, 3, 5, 6")),
+        (("parallel.expert=2",), {}, ("parallel.expert=2", "no experts", "allowed is 1")),
         (("train.seq_length_tokens=9000",), {}, ("train.seq_length_tokens=9000", "max_position_embeddings=8192")),
         (("quant=int4",), {"hidden_size": 600}, ("quant.group_size=128", "in_features=600")),
         (("quant=nvfp4",), {"intermediate_size": 1540}, ("quant.group_size=16", "down_proj")),

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from megatron_edge.contracts import InputError, ParamRule
 from megatron_edge.export.gather import cut
-from megatron_edge.model.families import LLAMA, ModelDims, all_rules, find_rule, hf_shape, pieces, rules_of
+from megatron_edge.families import FAMILIES, ModelDims, all_rules, find_rule, hf_shape, pieces, rules_of
+
+LLAMA = FAMILIES["LlamaForCausalLM"].rules
 
 GROUPED = ModelDims(
     num_layers=2,

@@ -55,7 +55,7 @@ def megatron_twin(llama: Any, session: Session, dtype: torch.dtype = torch.float
         part = tensors[name][rows if rows else slice(None)]
         return part if cols is None else part[:, cols]
 
-    load_weights(model, read, config, tp_rank=0, tp=1)
+    load_weights(model, read, config, session)
     return model
 
 
