@@ -48,7 +48,7 @@ LIMITS: dict[str, tuple[str, float | None]] = {
     "saved": ("checkpoint: weights and maxima that differ, saved again", 0),
     "recorded": ("data quantizers: elements that differ on recorded inputs", 0),
     "losses": ("training: largest difference of a loss, data quantizers off", 1e-5),
-    "weight": ("training: largest difference of a weight before the last step", None),
+    "weight": ("training: difference of weights before the last step, rms", None),
     "restored": ("training: last loss, where weights are quantised as in one process", 1e-5),
     "gradient": ("training: largest difference of a gradient, first step", None),
     "mean_loss": ("evaluation: mean loss, data quantizers on, relative", 0.01),

@@ -36,6 +36,8 @@ class CheckpointTensors:
         for ending, stored in _STORED_AS.items():
             if name.endswith(ending):
                 name = name.removesuffix(ending) + stored
+        if not name.startswith("quantizer."):  # Megatron's own spelling of an expert
+            name = name.replace(".experts.local_experts.", ".experts.experts.")
         if name.endswith(".linear_fc1.weight"):  # SwiGLU: gate rows, then up rows
             return torch.cat([self._read(name + half) for half in ("_w", "_v")])
         return self._read(name)

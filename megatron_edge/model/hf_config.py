@@ -108,7 +108,7 @@ def checked_config(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     config["rms_norm_eps"] = float(epsilon)
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
     config["hidden_act"] = "silu"
-    config.update((field, allowed[0]) for field, allowed in family.required.items())
+    config.update((field, raw.get(field, allowed[0])) for field, allowed in family.required.items())
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[field] = raw.get(field)
     _check_experts(config, raw, family, origin)
@@ -122,8 +122,11 @@ def checked_config(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _check_experts(config: dict[str, Any], raw: Mapping[str, Any], family: Family, origin: str) -> None:
     if family.num_experts is None or family.expert_ffn is None:
         return
+    for spelling in ("num_experts", "num_local_experts"):  # transformers 5 writes either for any family
+        if spelling != family.num_experts and spelling in config:
+            config.setdefault(family.num_experts, config.pop(spelling))
     for field in (family.num_experts, family.expert_ffn, "num_experts_per_tok"):
-        config[field] = _positive_int(raw, field, None, origin)
+        config[field] = _positive_int(config, field, None, origin)
     if config["num_experts_per_tok"] > config[family.num_experts]:
         raise InputError(
             f"{origin}: num_experts_per_tok is {config['num_experts_per_tok']}; "

@@ -20,6 +20,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import InputError
 from megatron_edge.log import track
+from megatron_edge.verify import experts
 
 ATTENTION = "megatron_edge_quantised_cache"
 TOKENS_PER_FORWARD = 1024
@@ -144,9 +145,10 @@ def load_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in tied:
-                parameter.copy_(_weight(reader, name, dtype))
+                parameter.copy_(weight_of(reader, name, dtype))
     model.tie_weights()
     model.to(device).eval().requires_grad_(False)
+    experts.run_plainly(reader, model, activations)
     if activations:
         _quantise_inputs(reader, model)
     _quantise_cache(reader, model, reader.manifest.kv.get("format", "none") if cache else "none")
@@ -163,7 +165,15 @@ def _empty_model(reader: ArtifactReader, dtype: torch.dtype) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def _weight(reader: ArtifactReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(reader: ArtifactReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """The decoded value of a parameter of transformers' model.
+
+    Raises:
+        InputError: it is not in the artifact.
+    """
+    if experts.is_fused(name):
+        return experts.fused_weight(reader, name, lambda part: weight_of(reader, part, dtype))
+    name = experts.stored_name(reader, name)
     linear = name.removesuffix(".weight")
     if linear in reader.manifest.linears:
         return reader.dequantized(linear, dtype)
@@ -176,7 +186,7 @@ def _quantise_inputs(reader: ArtifactReader, model: torch.nn.Module) -> None:
     """Linears with the same input (q, k, v; gate, up) share one quantisation of it, as they share its scale."""
     last: dict[str, Any] = {"input": None, "key": None, "output": None}
     for name, linear in reader.manifest.linears.items():
-        if linear.activation == "none":
+        if linear.activation == "none" or ".experts." in name:
             continue
         scale = reader.tensor(linear.tensors["input_scale"])
         amax = formats.amax_of_scale(linear.activation, scale)
@@ -239,6 +249,8 @@ def reordered(model: torch.nn.Module, cut: float = 0.5) -> Iterator[None]:
             changed.append(module)
         elif name.endswith(".self_attn"):
             module.core = "eager"
+        elif name.endswith(".mlp.experts"):
+            module.cut = cut
     try:
         yield
     finally:
@@ -247,6 +259,8 @@ def reordered(model: torch.nn.Module, cut: float = 0.5) -> Iterator[None]:
         for name, module in model.named_modules():
             if name.endswith(".self_attn"):
                 module.core = "sdpa"
+            elif name.endswith(".mlp.experts"):
+                module.cut = None
 
 
 def _in_two_parts(linear: torch.nn.Linear, at: int) -> Callable[[torch.Tensor], torch.Tensor]:
