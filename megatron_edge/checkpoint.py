@@ -27,6 +27,7 @@ from megatron_edge.quantize.state import (
     quantizer_shards,
     set_quantizer_state,
 )
+from megatron_edge.runtime import optimizer_state
 from megatron_edge.runtime.session import Session
 
 log = logging.getLogger("megatron_edge")
@@ -128,7 +129,7 @@ def load_checkpoint(
         assert not missing, f"{info.path}: parameters were not loaded: {missing}"
     set_quantizer_state(model, plan, loaded["quantizers"])
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        _set_optimizer(model, optimizer, loaded)
 
 
 def has_quantizers(info: CheckpointInfo) -> bool:
@@ -163,16 +164,48 @@ def _sharded_state(
         },
     }
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            weights,
-            is_loading=loading,
-            metadata={
-                **metadata,
-                "distrib_optim_sharding_type": "fully_reshardable",
-                "distrib_optim_fully_reshardable_mem_efficient": True,  # the other way needs CUDA
-            },
-        )
+        state |= _optimizer_state(model, optimizer, weights, loading=loading)
     return state
+
+
+def _optimizer_state(model: nn.Module, optimizer: Any, weights: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """Adam's tensors of every parameter, cut as the parameter is, and the number of its steps."""
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    params = _parameters(model)
+    if loading:
+        held, steps = optimizer_state.empty_state(list(params.values())), 0
+    else:
+        held, steps = optimizer_state.gather_state(optimizer, list(params.values()))
+    tensors = {
+        f"{name} {kind}": make_sharded_optimizer_tensor(_lookup(weights, name), tensor, f"optimizer.{kind}")
+        for name, param in params.items()
+        for kind, tensor in held[param].items()
+    }
+    return {"optimizer": tensors, "optimizer_steps": steps}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By chunk and name: `model0 decoder.final_layernorm.weight`."""
+    return {
+        f"model{index} {name}": param
+        for index, chunk in enumerate(chunks_of(model))
+        for name, param in chunk.named_parameters()
+    }
+
+
+def _lookup(weights: dict[str, Any], name: str) -> Any:
+    chunk, parameter = name.split(" ")
+    return weights[chunk][parameter]
+
+
+def _set_optimizer(model: nn.Module, optimizer: Any, loaded: dict[str, Any]) -> None:
+    found: dict[nn.Parameter, dict[str, Any]] = {}
+    params = _parameters(model)
+    for name, tensor in loaded["optimizer"].items():
+        parameter, kind = name.rsplit(" ", 1)
+        found.setdefault(params[parameter], {})[kind] = tensor
+    optimizer_state.set_state(optimizer, found, loaded["optimizer_steps"])
 
 
 def _sharded_tensor(key: str, shard: AmaxShard, session: Session) -> Any:

@@ -17,7 +17,7 @@ from megatron_edge.checks import layers_per_chunk
 from megatron_edge.contracts import InputError, ParallelPlan, ParamRule
 from megatron_edge.families import dims_of, family_of, find_rule, pieces, renormalises, rules_of
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
-from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
+from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
 Recompute = Literal["none", "selective", "full"]
@@ -147,6 +147,8 @@ def _build_chunk(
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if dims.num_experts:
+        layer.submodules.mlp.submodules.experts.module = experts_class()
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     model = GPTModel(
         config,

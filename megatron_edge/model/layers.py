@@ -6,6 +6,7 @@ that import and artifact can be compared with it.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -76,6 +77,23 @@ def _gather_parts(x: Tensor) -> Tensor:
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     return gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
+
+
+@functools.cache
+def experts_class() -> type[nn.Module]:
+    """Megatron's SequentialMLP, but a token's routing weight multiplies its expert's output: upstream multiplies the
+    input of fc2, which is the same until that input is quantised, and no runtime does so."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    class OutputWeightedExperts(SequentialMLP):
+        def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+            """tokens [n, h] sorted by expert, weights [n] -> [n, h]."""
+            counts, outputs = tokens_per_expert.tolist(), []
+            for expert, x, weight in zip(self.local_experts, tokens.split(counts), weights.split(counts), strict=True):
+                outputs.append((expert(x)[0] * weight[:, None]).to(x.dtype))
+            return torch.cat(outputs), None
+
+    return OutputWeightedExperts
 
 
 class PackedAttention(nn.Module):

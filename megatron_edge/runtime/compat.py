@@ -216,8 +216,6 @@ def _distributed_optimizer_on_cpu() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     DistributedOptimizer.__init__ = _with_cpu_as_cuda(DistributedOptimizer.__init__)
-    build = _with_cpu_as_cuda(DistributedOptimizer._build_model_and_main_param_groups)
-    DistributedOptimizer._build_model_and_main_param_groups = build
 
 
 def _experts_on_gloo() -> None:
