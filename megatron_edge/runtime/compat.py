@@ -159,6 +159,11 @@ _HARMLESS_WARNINGS = (
     ),
     (r"The given buffer is not writable", "modelopt's extra state, which we do not save"),
     (r"`torch.distributed.reduce_scatter_tensor` is deprecated", "Megatron's call of torch"),
+    (r"The \.grad attribute of a Tensor that is not a leaf", "the distributed optimizer's parts of a weight"),
+    (
+        r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+        "experts, which have a size of their own",
+    ),
     (r"`load_state_dict` is deprecated and will be removed in future versions", "Megatron's call of torch"),
     (r"Attempting to run cuBLAS, but there was no current CUDA context", "torch then makes the context itself"),
     (r".*all_gather_into_tensor.* is deprecated", "Megatron's call of torch"),
