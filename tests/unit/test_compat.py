@@ -6,6 +6,7 @@ A test that fails with "did not raise" says that upstream has mended the fault: 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import multiprocessing.process
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import megatron_twin, one_process, random_batches, random_experts, random_llama
 
 from megatron_edge import checkpoint
 from megatron_edge.compose import compose
@@ -30,7 +31,7 @@ from megatron_edge.runtime import compat
 from megatron_edge.train import step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NO_CUDA = "Torch not compiled with CUDA enabled|Found no NVIDIA driver"
+NO_CUDA = "Torch not compiled with CUDA enabled|Found no NVIDIA driver|requires CUDA support"
 TRAIN = compose(["train.clip_norm=0.01", "train.learning_rate=0.01", "train.weight_decay=0.1"]).train
 NO_QUANTIZERS = QuantPlan("none", "none", "none", 0, "max")
 
@@ -44,6 +45,7 @@ IN_ONE_PROCESS = (
     "dist_checkpointing.strategies.filesystem_async",
     "dist_checkpointing.strategies.state_dict_saver",
 )
+WITH_EXPERTS = ("transformer.moe.router", "transformer.moe.token_dispatcher")
 IN_TWO_PROCESSES = ("tensor_parallel.layers", "tensor_parallel.mappings", "pipeline_parallel.p2p_communication")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
@@ -78,7 +80,7 @@ def whole_job(session: Any, directory: Path, dtype: torch.dtype = torch.float32)
 
 
 def test_every_patched_module_has_a_test() -> None:
-    assert sorted(compat._MODULES_NAMING_CUDA) == sorted((*IN_ONE_PROCESS, *IN_TWO_PROCESSES))
+    assert sorted(compat._MODULES_NAMING_CUDA) == sorted((*IN_ONE_PROCESS, *WITH_EXPERTS, *IN_TWO_PROCESSES))
 
 
 @pytest.mark.parametrize("name", IN_ONE_PROCESS)
@@ -87,6 +89,61 @@ def test_one_process_fails_without(name: str, session: Any, tmp_path: Path, monk
     monkeypatch_torch("megatron.core." + name)
     with pytest.raises((AssertionError, RuntimeError), match=NO_CUDA):
         whole_job(session, tmp_path / "without")
+
+
+def experts_job(session: Any, *, distributed_optimizer: bool = False) -> float:
+    """Gradient norm of a step of a model with experts."""
+    wrapped, optimizer = step.make_trainable(
+        random_experts(session), TRAIN, torch.float32, distributed_optimizer=distributed_optimizer
+    )
+    return step.train_step(wrapped, optimizer, random_batches(), session).gradient_norm
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_fail_without(name: str, session: Any, monkeypatch_torch) -> None:
+    assert experts_job(session) > 0
+    monkeypatch_torch("megatron.core." + name)
+    if name.endswith("token_dispatcher"):  # made once per process
+        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+        MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None
+    with pytest.raises((AssertionError, RuntimeError), match=NO_CUDA):
+        experts_job(session)
+
+
+def test_experts_miss_transformer_engines_product_without(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    monkeypatch.delattr(moe_utils, "te_general_gemm")
+    with pytest.raises(NameError, match="te_general_gemm"):
+        experts_job(session)
+
+
+def test_experts_split_sizes_stay_tensors_without(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    sizes = torch.tensor([3, 4])
+    assert token_dispatcher.maybe_move_tensor_to_cpu(sizes, as_numpy=True).tolist() == [3, 4]
+    assert isinstance(moe_utils.maybe_move_tensor_to_cpu(sizes, as_numpy=True), torch.Tensor), "upstream converts now"
+
+
+def test_modelopt_would_share_experts_maxima_itself_without() -> None:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins.megatron import _MegatronSequentialMLP
+
+    compat.install()
+    assert QuantModuleRegistry.get(SequentialMLP) is None
+    assert "TP+EP is not supported" in inspect.getsource(_MegatronSequentialMLP._setup)
+
+
+def test_the_distributed_optimizer_asks_for_cuda_tensors_without(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    assert experts_job(session, distributed_optimizer=True) == experts_job(session)
+    monkeypatch.setattr(DistributedOptimizer, "__init__", DistributedOptimizer.__init__.__wrapped__)
+    with pytest.raises(TypeError, match=r"torch\.cuda\."):
+        experts_job(session, distributed_optimizer=True)
 
 
 def test_a_quantised_model_cannot_be_saved_without(session: Any, monkeypatch_torch) -> None:
@@ -309,6 +366,11 @@ WARNING_SOURCES = (
     ("`load_state_dict` is deprecated and will be removed", "torch/distributed/checkpoint/state_dict_loader.py"),
     ("`torch.jit.script` is deprecated", "torch/jit/_script.py"),
     ("`torch.distributed.all_gather_into_tensor` is deprecated", "torch/distributed/distributed_c10d.py"),
+    ("`torch.distributed.reduce_scatter_tensor` is deprecated", "torch/distributed/distributed_c10d.py"),
+    (
+        "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+        "megatron/core/tensor_parallel/layers.py",
+    ),
 )
 ON_CUDA_ONLY = "Attempting to run cuBLAS"  # in CUDABlas.cpp, which a CPU build of torch lacks
 
@@ -325,6 +387,7 @@ def test_each_silenced_warning_is_still_given() -> None:
         warnings.simplefilter("always")
         torch.set_warn_always(True)  # else it may have been given already, once per process
         torch.frombuffer(b"read-only", dtype=torch.uint8)
+        _ = torch.ones(2, requires_grad=True)[:1].grad
         torch.set_warn_always(False)
     covered |= {i for i, pattern in enumerate(silenced) for one in caught if pattern.match(str(one.message))}
     assert covered == set(range(len(silenced))), "a silenced warning that nothing gives any more"

@@ -59,6 +59,20 @@ def megatron_twin(llama: Any, session: Session, dtype: torch.dtype = torch.float
     return model
 
 
+def random_experts(session: Session) -> nn.ModuleList:
+    """A Mixtral in Megatron with random weights, this rank's shard."""
+    raw: dict[str, Any] = {
+        "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64,
+        "num_local_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    model = build_model(checked_config(raw, "the test's model"), session.plan, torch.float32, session.device)
+    torch.manual_seed(6)
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.1)
+    return model
+
+
 def random_batches(num: int = 2, windows: int = 2, tokens: int = 32, vocab_size: int = 96) -> list[Batch]:
     """Windows of one document each."""
     generator = torch.Generator().manual_seed(5)
