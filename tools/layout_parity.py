@@ -95,7 +95,9 @@ class Float64Sums(TorchDispatchMode):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=DEFAULT_SOURCE, help="directory, *.gguf, or random:NAME")
-    parser.add_argument("--quant", nargs="+", default=list(FORMATS), help="quant or quant+kv, as in int4_awq+int8")
+    parser.add_argument(
+        "--quant", nargs="*", default=list(FORMATS), help="quant or quant+kv, as in int4_awq+int8; none: import alone"
+    )
     parser.add_argument("--layouts", nargs="+", default=["PP2", "TP3", "DP2"])
     parser.add_argument("--steps", type=int, default=5, help="training steps whose losses are compared")
     parser.add_argument("--eval-tokens", type=int, default=8192, help="tokens of the mean loss")

@@ -13,7 +13,16 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FORMATS = ("int4_awq", "nvfp4_w4a16+int8", "nvfp4+fp8", "fp8+fp8")
-WORLD_2, WORLD_3 = ("PP2", "DP2", "TP2", "TP2SP"), ("TP3",)
+WORLD_2, WORLD_3 = ("PP2VPP2", "DP2DO", "TP2SP", "CP2"), ("TP3",)
+EXPERT_FORMATS, EXPERT_LAYOUTS = ("int4_awq", "nvfp4+fp8"), ("EP2", "TP2ETP2SP")
+# The long table: dense and experts, one to four processes.
+TABLE_FORMATS = ("int4_awq", "nvfp4", "fp8+fp8")
+TABLE = {
+    "random:tiny": (
+        "PP2", "TP2SP", "DP2DO", "CP2", "PP2VPP2", "TP3", "TP2PP2", "TP2CP2SP", "PP4", "TP2DP2SPDO", "PP2VPP2DP2",
+    ),
+    "random:mixtral": ("EP2", "TP2ETP2SP", "TP2EP2SP", "EP4", "PP2EP2", "TP2EP2DP2SP", "PP2TP2ETP2SPDO"),
+}  # fmt: skip
 
 # Imports alone take 20 s for each of 8 processes; an engineer's other work may share the cores.
 pytestmark = pytest.mark.timeout(1500)
@@ -49,8 +58,10 @@ def three_processes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def expected_checks(name: str) -> set[str]:
+def expected_checks(layout: str, name: str) -> set[str]:
     checks = {"noise", "maxima", "unexplained", "loaded", "saved", "losses", "gradient", "weight", "restored"}
+    if "DO" in layout:  # a distributed optimizer leaves no rank the whole gradient
+        checks.remove("gradient")
     if name.startswith("int4_awq"):
         checks |= {"alpha", "own_blocks"}
     if "+" in name or name in ("nvfp4", "fp8"):
@@ -61,7 +72,7 @@ def expected_checks(name: str) -> set[str]:
 def check_rows(rows: Report, layout: str, name: str) -> None:
     """All the checks of a layout and a format are there, and hold."""
     found = {row["check"]: row for row in rows if (row["layout"], row["format"]) == (layout, name)}
-    assert set(found) == (expected_checks(name) if name != "none" else {"import"})
+    assert set(found) == (expected_checks(layout, name) if name != "none" else {"import"})
     assert all(row["ok"] for row in found.values()), [row for row in found.values() if not row["ok"]]
 
 
@@ -70,6 +81,18 @@ def check_rows(rows: Report, layout: str, name: str) -> None:
 def test_two_processes_are_the_same_model(two_processes: Report, layout: str, name: str) -> None:
     """ "none" is the import: logits against transformers. Embeddings are tied: under PP2 two stages hold them."""
     check_rows(two_processes, layout, name)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return run_tool(tmp_path_factory.mktemp("experts"), "random:mixtral", EXPERT_LAYOUTS, EXPERT_FORMATS)
+
+
+@pytest.mark.parametrize("name", ["none", *EXPERT_FORMATS])
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_are_the_same_on_two_processes(experts: Report, layout: str, name: str) -> None:
+    """Experts on different ranks, and experts that two ranks share, beside a tensor-parallel model."""
+    check_rows(experts, layout, name)
 
 
 @pytest.mark.parametrize("name", ["none", *FORMATS])
@@ -137,6 +160,26 @@ def test_a_difference_fails_its_check(
         (tmp_path / f"{layout}.json").write_text(json.dumps(found))
     rows = judge(["TP3"], ["int4_awq"], tmp_path, import_floor=1.0)
     assert {row.check for row in rows if not row.ok} == checks
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("source", TABLE)
+def test_the_table_of_layouts(tmp_path: Path, source: str) -> None:
+    rows = run_tool(tmp_path, source, TABLE[source], TABLE_FORMATS)
+    for layout in TABLE[source]:
+        for name in ("none", *TABLE_FORMATS):
+            check_rows(rows, layout, name)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
+def test_every_family_imports_as_transformers_has_it(tmp_path: Path, family: str) -> None:
+    """Largest logit difference in fp32; RoPE scaling, biases and norms of queries and keys have random weights."""
+    layouts = ("TP2SP", "PP2", *(("EP2",) if family in ("mixtral", "qwen3_moe") else ()))
+    rows = run_tool(tmp_path, f"random:{family}", layouts, ())
+    assert [(row["layout"], row["ok"]) for row in rows] == [(layout, True) for layout in ("TP1", *layouts)]
 
 
 @pytest.mark.long

@@ -2,57 +2,78 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_edge.contracts import InputError, ParamRule
 from megatron_edge.export.gather import cut
-from megatron_edge.families import FAMILIES, ModelDims, all_rules, find_rule, hf_shape, pieces, rules_of
+from megatron_edge.families import (
+    FAMILIES,
+    ModelDims,
+    all_rules,
+    dims_of,
+    expected_tensors,
+    find_rule,
+    hf_shape,
+    pieces,
+    rules_of,
+)
+from megatron_edge.model.hf_config import checked_config
 
 LLAMA = FAMILIES["LlamaForCausalLM"].rules
-
-GROUPED = ModelDims(
-    num_layers=2,
-    hidden_size=48,
-    ffn_hidden_size=72,
-    num_heads=12,
-    num_kv_heads=6,
-    head_dim=8,
-    vocab_size=66,
-    tied=False,
-)
-ONE_KV_HEAD_EACH = ModelDims(
-    num_layers=2, hidden_size=60, ffn_hidden_size=72, num_heads=6, num_kv_heads=6, head_dim=4, vocab_size=30, tied=False
-)
-DIMS = pytest.mark.parametrize("dims", [GROUPED, ONE_KV_HEAD_EACH], ids=["grouped", "ungrouped"])
+COMMON = {
+    "num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 12,
+    "num_key_value_heads": 6, "head_dim": 8, "vocab_size": 66, "tie_word_embeddings": False,
+}  # fmt: skip
+UNGROUPED = COMMON | {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 4, "vocab_size": 30}
+# Name -> what differs from Llama: transformers' model_type and sizes.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": COMMON | {"model_type": "llama"},
+    "llama, ungrouped": UNGROUPED | {"model_type": "llama"},
+    "qwen2": {k: v for k, v in COMMON.items() if k != "head_dim"} | {"model_type": "qwen2"},
+    "qwen3": COMMON | {"model_type": "qwen3"},
+    "mixtral": COMMON | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": COMMON
+    | {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
 TENSOR_PARALLEL = pytest.mark.parametrize("tp", [1, 2, 3, 6])
 
 
-def hf_tensors(dims: ModelDims) -> dict[str, Tensor]:
-    """Every Hugging Face tensor with a number of its own in every element, in transformers' own shapes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Model:
+    """A family's table for sizes, and every tensor as transformers would write it, each element with its own number."""
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(transformers_config(dims, LlamaConfig))
+    rules: tuple[ParamRule, ...]
+    dims: ModelDims
+    tensors: dict[str, Tensor]
+
+    def all_rules(self) -> list[ParamRule]:
+        return all_rules(self.rules, self.dims)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return written_by_transformers(MODELS[request.param], tmp_path_factory.mktemp("model"))
+
+
+def written_by_transformers(sizes: dict[str, Any], directory: Path) -> Model:
+    """Through save_pretrained: transformers names experts one by one in files, but not in memory."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).save_pretrained(directory)
+    hf_config = checked_config(json.loads((directory / "config.json").read_text()), "the test's model")
     tensors, begin = {}, 0
-    for name, meta in model.state_dict().items():
-        tensors[name] = torch.arange(begin, begin + meta.numel(), dtype=torch.float64).reshape(meta.shape)
-        begin += meta.numel()
-    return tensors
-
-
-def transformers_config(dims: ModelDims, kind):
-    return kind(
-        num_hidden_layers=dims.num_layers,
-        hidden_size=dims.hidden_size,
-        intermediate_size=dims.ffn_hidden_size,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        vocab_size=dims.vocab_size,
-        tie_word_embeddings=dims.tied,
-    )
+    for name, stored in sorted(load_file(directory / "model.safetensors").items()):
+        tensors[name] = torch.arange(begin, begin + stored.numel(), dtype=torch.float64).reshape(stored.shape)
+        begin += stored.numel()
+    return Model(rules_of(hf_config), dims_of(hf_config), tensors)
 
 
 def shard(rule: ParamRule, dims: ModelDims, tensors: dict[str, Tensor], tp_rank: int, tp: int) -> Tensor:
@@ -66,41 +87,37 @@ def shard(rule: ParamRule, dims: ModelDims, tensors: dict[str, Tensor], tp_rank:
     return torch.cat(filled)
 
 
-@DIMS
 @TENSOR_PARALLEL
-def test_every_element_lies_on_one_rank(dims: ModelDims, tp: int) -> None:
+def test_every_element_lies_on_one_rank(model: Model, tp: int) -> None:
     """Or, where nothing is split, on each rank once."""
-    for rule in all_rules(LLAMA, dims):
+    for rule in model.all_rules():
         for target in rule.targets:
-            times = torch.zeros(hf_shape(target, rule, dims), dtype=torch.int)
+            times = torch.zeros(hf_shape(target, rule, model.dims), dtype=torch.int)
             for tp_rank in range(tp):
-                for piece in pieces(rule, dims, tp_rank=tp_rank, tp=tp):
+                for piece in pieces(rule, model.dims, tp_rank=tp_rank, tp=tp):
                     if piece.target == target:
                         part = times[slice(*piece.rows)]
                         (part if piece.cols is None else part[:, slice(*piece.cols)]).add_(1)
             assert (times == (tp if rule.split_axis is None else 1)).all(), (rule.pattern, target)
 
 
-@DIMS
 @TENSOR_PARALLEL
-def test_every_row_of_a_shard_is_filled_once(dims: ModelDims, tp: int) -> None:
-    for rule in all_rules(LLAMA, dims):
+def test_every_row_of_a_shard_is_filled_once(model: Model, tp: int) -> None:
+    for rule in model.all_rules():
         for tp_rank in range(tp):
-            covered = [row for p in pieces(rule, dims, tp_rank=tp_rank, tp=tp) for row in range(*p.shard_rows)]
+            covered = [row for p in pieces(rule, model.dims, tp_rank=tp_rank, tp=tp) for row in range(*p.shard_rows)]
             assert sorted(covered) == list(range(len(covered))), rule.pattern
 
 
-@DIMS
-def test_the_table_names_what_transformers_has(dims: ModelDims) -> None:
-    found = {t: hf_shape(t, rule, dims) for rule in all_rules(LLAMA, dims) for t in rule.targets}
-    assert found == {name: tuple(tensor.shape) for name, tensor in hf_tensors(dims).items()}
+def test_the_table_names_what_transformers_has(model: Model) -> None:
+    found = expected_tensors(model.rules, model.dims)
+    assert found == {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
 
 
-@DIMS
 @TENSOR_PARALLEL
-def test_shards_put_together_and_cut_are_the_model_again(dims: ModelDims, tp: int) -> None:
-    tensors = hf_tensors(dims)
-    for rule in all_rules(LLAMA, dims):
+def test_shards_put_together_and_cut_are_the_model_again(model: Model, tp: int) -> None:
+    tensors, dims = model.tensors, model.dims
+    for rule in model.all_rules():
         shards = [shard(rule, dims, tensors, tp_rank, tp) for tp_rank in range(tp)]
         if rule.split_axis is None:
             assert all(torch.equal(one, shards[0]) for one in shards)
@@ -115,28 +132,26 @@ def test_shards_put_together_and_cut_are_the_model_again(dims: ModelDims, tp: in
         assert all(torch.equal(again[target], tensors[target]) for target in rule.targets), rule.pattern
 
 
-@DIMS
-def test_block_maxima_are_cut_like_the_weight(dims: ModelDims) -> None:
+def test_block_maxima_are_cut_like_the_weight(model: Model) -> None:
     """One column per block of 4 weights: cutting maxima gives the maxima of the cut weights."""
-    tensors = hf_tensors(dims)
-    for rule in all_rules(LLAMA, dims):
-        if rule.merge != "replicate":
+    tensors, dims = model.tensors, model.dims
+    for rule in model.all_rules():
+        if rule.is_linear:
             whole = shard(rule, dims, tensors, 0, 1)
             of_blocks = cut(whole.unflatten(1, (-1, 4)).amax(-1), rule, dims, columns_per_entry=4)
             for target, maxima in of_blocks.items():
                 assert torch.equal(maxima, tensors[target].unflatten(1, (-1, 4)).amax(-1))
 
 
-@DIMS
 @TENSOR_PARALLEL
-def test_heads_meet_the_kv_head_that_transformers_gives_them(dims: ModelDims, tp: int) -> None:
+def test_heads_meet_the_kv_head_that_transformers_gives_them(model: Model, tp: int) -> None:
     """Megatron views linear_qkv's output as [KV groups, query heads of the group + key + value, head_dim] on each rank
     (attention.py:1003); transformers gives query head h key head h // n by repeat_kv. Head by head."""
     from transformers.models.llama.modeling_llama import repeat_kv
 
-    rule = find_rule("decoder.layers.1.self_attention.linear_qkv.weight", LLAMA)
+    rule = find_rule("decoder.layers.1.self_attention.linear_qkv.weight", model.rules)
     assert rule is not None
-    tensors = hf_tensors(dims)
+    tensors, dims = model.tensors, model.dims
     x = torch.randint(-8, 8, (dims.hidden_size,), generator=torch.Generator().manual_seed(1)).double()  # exact sums
     q, k, v = (tensors[target] @ x for target in rule.targets)
     per_group = dims.num_heads // dims.num_kv_heads
@@ -157,6 +172,20 @@ def test_names_are_found_by_their_layer() -> None:
     assert rule is not None
     assert rule.targets == ("model.layers.17.mlp.gate_proj.weight", "model.layers.17.mlp.up_proj.weight")
     assert find_rule("decoder.layers.17.mlp.linear_fc3.weight", LLAMA) is None
+
+
+def test_experts_are_found_by_their_number() -> None:
+    rule = find_rule(
+        "decoder.layers.3.mlp.experts.local_experts.12.linear_fc2.weight", FAMILIES["MixtralForCausalLM"].rules
+    )
+    assert rule is not None and rule.targets == ("model.layers.3.block_sparse_moe.experts.12.w2.weight",)
+    rule = find_rule(
+        "decoder.layers.3.mlp.experts.local_experts.12.linear_fc1.weight", FAMILIES["Qwen3MoeForCausalLM"].rules
+    )
+    assert rule is not None and rule.targets == (
+        "model.layers.3.mlp.experts.12.gate_proj.weight",
+        "model.layers.3.mlp.experts.12.up_proj.weight",
+    )
 
 
 def test_tied_models_have_no_output_layer() -> None:
