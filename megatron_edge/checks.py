@@ -32,6 +32,9 @@ def check_config(config: RunConfig) -> None:
         InputError: naming the first field that is wrong, its value and what is allowed.
     """
     train, parallel = config.train, config.parallel
+    for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
+        if parallel.auto and getattr(parallel, name) > 1:
+            raise InputError(f"parallel.{name}={getattr(parallel, name)}: parallel=auto chooses it; allowed there is 1")
     if parallel.sequence and parallel.tensor == 1:
         raise InputError("parallel.sequence=true: needs parallel.tensor of at least 2; allowed with 1 is false")
     if parallel.sequence and train.seq_length_tokens % parallel.tensor:
@@ -67,6 +70,12 @@ def check_batches(config: RunConfig, plan: ParallelPlan) -> None:
         raise InputError(
             f"train.global_batch={train.global_batch}: allowed are multiples of train.micro_batch x data parallel size "
             f"= {train.micro_batch} x {plan.dp} = {unit}"
+        )
+    if plan.vpp > 1 and train.global_batch // unit % plan.pp:
+        raise InputError(
+            f"train.global_batch={train.global_batch}: {train.global_batch // unit} micro batches per rank; allowed "
+            f"with parallel.virtual_pipeline={plan.vpp} are whole rounds of the {plan.pp} stages: multiples of "
+            f"{unit * plan.pp}"
         )
 
 

@@ -57,6 +57,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    auto: bool = leaf("choose the sizes for the world, the model and the memory of a rank (parallel=auto)")
+    memory_bytes: int | None = leaf("memory of a rank, for auto; null measures it")
     tensor: int = leaf("tensor parallel size", low=1)
     pipeline: int = leaf("pipeline stages", low=1)
     virtual_pipeline: int = leaf("model chunks per pipeline stage, run interleaved", low=1)

@@ -11,10 +11,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from megatron_edge import checks, memory
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.jobs import layouts
 from megatron_edge.model.source import ModelSource, open_source, resolve_source
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.train.data import load_data
@@ -34,7 +37,14 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
         InputError: any of it is not so.
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    source = _checked_model(config)
+    source = open_source(resolve_source(config.model.source, config.model.revision))
+    if config.parallel.auto:
+        found = layouts.choose(
+            config, source.hf_config, layout.world_size, local_world_size(), rank_memory_bytes(config)
+        )
+        log.info("%s", found.reason)
+        config, layout = replace(config, parallel=found.parallel), found.plan
+    _check_model(config, source)
     checks.layers_per_chunk(source.hf_config["num_hidden_layers"], layout)
     memory.refuse_if_over(memory.plan(config, source.hf_config), config.device)
     _take_run_directory(config)
@@ -58,11 +68,24 @@ def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf1
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
-def _checked_model(config: RunConfig) -> ModelSource:
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+def _check_model(config: RunConfig, source: ModelSource) -> None:
     checks.check_model_dims(config, source.hf_config)
     source.tokenizer()
-    return source
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank_memory_bytes(config: RunConfig) -> int:
+    """What a rank may use: parallel.memory_bytes, else its GPU's memory, else its share of what this host has free."""
+    if config.parallel.memory_bytes is not None:
+        return config.parallel.memory_bytes
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().available) // local_world_size()
 
 
 def _take_run_directory(config: RunConfig) -> None:
@@ -123,7 +146,9 @@ def plan(config: RunConfig, launch: Launch) -> None:
     from megatron_edge.log import console
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    hf_config = _checked_model(config).hf_config
+    source = open_source(resolve_source(config.model.source, config.model.revision))
+    _check_model(config, source)
+    hf_config = source.hf_config
     needed = memory.plan(config, hf_config)
     table = Table("where", "weights", "KV / gradients", "activations", "runtime / optimizer", "total", "budget")
     mib = 2**20

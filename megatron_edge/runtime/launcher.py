@@ -150,7 +150,8 @@ def _compose(
     checks.check_config(config)
     plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
     if trains:
-        checks.check_batches(config, plan)
+        if not config.parallel.auto:  # else `prepare` chooses the layout
+            checks.check_batches(config, plan)
         checks.check_run_dir(config)
     if prepare is not None:
         log.setup(processes.rank, processes.world_size)
