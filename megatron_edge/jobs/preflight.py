@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
         InputError: any of it is not so.
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
+    _check_backend(config)
     source = open_source(resolve_source(config.model.source, config.model.revision))
     if config.parallel.auto:
         found = layouts.choose(
@@ -66,6 +68,23 @@ def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf1
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def _check_backend(config: RunConfig) -> None:
+    """Asking for an accelerator that is absent is an error, never a silent fallback."""
+    if config.model.backend == "te":
+        import torch
+
+        missing = [
+            name
+            for name, there in (
+                ("TransformerEngine", find_spec("transformer_engine") is not None),
+                ("a CUDA device", torch.cuda.is_available()),
+            )
+            if not there
+        ]
+        if missing:
+            raise InputError(f"model.backend=te: {' and '.join(missing)} is missing here; allowed: local")
 
 
 def _check_model(config: RunConfig, source: ModelSource) -> None:

@@ -74,7 +74,9 @@ def qat(config: RunConfig, launch: Launch) -> None:
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
-        model = build_model(source.hf_config, launch.plan, run.dtype, session.device, config.parallel.recompute)
+        model = build_model(
+            source.hf_config, launch.plan, run.dtype, session.device, config.parallel.recompute, config.model.backend
+        )
         found = _checkpoint_to_resume(run)
         if found is None:
             _import_and_calibrate(run, model)
@@ -103,7 +105,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         found = checkpoints.find_newest(run.checkpoint_dir, session)
         if found is None:
             raise InputError(f"run_dir={config.run_dir!r}: no intact checkpoint there; allowed: a run that saved one")
-        model = build_model(source.hf_config, launch.plan, run.dtype, session.device)
+        model = _build(run)
         apply.insert_quantizers(model, plan)
         checkpoints.load_checkpoint(found, model, None, plan, session)
         reference.round_unquantised(model)  # as the artifact stores it
@@ -132,6 +134,13 @@ def _prepare_run(config: RunConfig, session: Session, source: ModelSource, plan:
     )
     heldout = _even_batches(data.heldout.evaluation(config.data.eval_tokens), EVALUATION_MICRO_BATCH)
     return _Run(config, session, source, plan, data, heldout)
+
+
+def _build(run: _Run) -> nn.ModuleList:
+    plan, device, config = run.session.plan, run.session.device, run.config
+    return build_model(
+        run.source.hf_config, plan, run.dtype, device, config.parallel.recompute, backend=config.model.backend
+    )
 
 
 def _even_batches(windows: Batch, size: int) -> list[Batch]:

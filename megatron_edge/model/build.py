@@ -21,6 +21,7 @@ from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, R
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
 Recompute = Literal["none", "selective", "full"]
+Backend = Literal["local", "te"]
 
 
 def transformer_config(
@@ -109,9 +110,16 @@ def _recompute_settings(recompute: Recompute) -> dict[str, Any]:
 
 
 def build_model(
-    hf_config: dict, plan: ParallelPlan, dtype: torch.dtype, device: torch.device, recompute: Recompute = "none"
+    hf_config: dict,
+    plan: ParallelPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: Recompute = "none",
+    backend: Backend = "local",
 ) -> nn.ModuleList:
     """This rank's shard of the model, its weights not yet set. All ranks call it; process groups must exist.
+
+    Names and shapes of parameters are the same with every backend.
 
     Returns:
         Its chunks; call them through `forward`. A chunk gives fp32 losses [b, s] (labels given) or logits
@@ -125,13 +133,13 @@ def build_model(
         which = {"ignore_virtual": plan.vpp == 1, "vp_stage": stage if plan.vpp > 1 else None}
         first = parallel_state.is_pipeline_first_stage(**which)
         last = parallel_state.is_pipeline_last_stage(**which)
-        chunks.append(_build_chunk(hf_config, config, device, first, last, which["vp_stage"]))
+        chunks.append(_build_chunk(hf_config, config, device, first, last, which["vp_stage"], backend))
     _mark_tensor_parallel(chunks, hf_config)
     return chunks.to(device)
 
 
 def _build_chunk(
-    hf_config: dict, config: Any, device: torch.device, first: bool, last: bool, vp_stage: int | None
+    hf_config: dict, config: Any, device: torch.device, first: bool, last: bool, vp_stage: int | None, backend: Backend
 ) -> nn.Module:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -141,18 +149,11 @@ def _build_chunk(
     layer = get_gpt_layer_local_spec(
         normalization="RMSNorm", num_experts=dims.num_experts or None, qk_layernorm=config.qk_layernorm
     )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if dims.num_experts:
-        layer.submodules.mlp.submodules.experts.module = experts_class()
+    norm = _set_layers(layer.submodules, config, backend)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm),
         vocab_size=dims.vocab_size,
         max_sequence_length=hf_config["max_position_embeddings"],
         pre_process=first,
@@ -163,6 +164,31 @@ def _build_chunk(
     )
     model.rotary_pos_emb = PackedRotaryEmbedding(dims.head_dim, rope_theta(hf_config), rope_scaling(hf_config), device)
     return model
+
+
+def _set_layers(layer: Any, config: Any, backend: Backend) -> Any:
+    """Puts our attention and experts, and the backend's norms and linear layers, into a layer's specification.
+
+    Returns:
+        The class of the backend's norm.
+    """
+    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    attention.core_attention = PackedAttention
+    linears = mlp
+    if config.num_moe_experts:
+        mlp.experts.module = experts_class()
+        linears = mlp.experts.submodules
+    norm: Any = RMSNorm
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+        norm = TENorm
+        attention.linear_qkv, attention.linear_proj = TEColumnParallelLinear, TERowParallelLinear
+        linears.linear_fc1, linears.linear_fc2 = TEColumnParallelLinear, TERowParallelLinear
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return norm
 
 
 def _mark_tensor_parallel(model: nn.ModuleList, hf_config: dict) -> None:

@@ -208,5 +208,9 @@ def _start_groups(store: Any, rank: int, plan: ParallelPlan, device: torch.devic
 
 
 def _accelerators() -> str:
-    found = {name: find_spec(module) is not None for name, module in (("TransformerEngine", "transformer_engine"),)}
-    return "; ".join(f"{name} {'found' if there else 'absent (local layers)'}" for name, there in found.items())
+    """What Megatron finds: it takes Adam from the first of these that is there, else torch's."""
+    names = {"TransformerEngine": "transformer_engine", "apex": "amp_C"}  # PyPI's apex is another package
+    found = [name for name, module in names.items() if find_spec(module) is not None and torch.cuda.is_available()]
+    return f"Adam of {found[0] if found else 'torch'}; " + "; ".join(
+        f"{name} {'found' if name in found else 'absent'}" for name in names
+    )

@@ -1,0 +1,72 @@
+"""model.backend=te beside local on one CUDA device: the same model, the same quantizers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "unit")]
+
+from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E402
+
+MISSING = not torch.cuda.is_available() or find_spec("transformer_engine") is None
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING, reason="needs CUDA and TransformerEngine")]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Any]:
+    from megatron_edge.contracts import ParallelPlan
+    from megatron_edge.runtime.session import open_session
+
+    with open_session(ParallelPlan(), rank=0, local_rank=0, store=None, timeout_seconds=300, seed=1) as opened:
+        yield opened
+
+
+def run(llama: Any, session: Any, backend: str, weight: str, activation: str) -> dict[str, Any]:
+    """Logits before and after quantization, maxima, and the loss and gradient norm of a step."""
+    from megatron_edge.compose import compose
+    from megatron_edge.model.build import build_model, load_weights
+    from megatron_edge.quantize import apply, policy
+    from megatron_edge.train import step
+
+    tensors, config = llama.state_dict(), hf_config_of(llama)
+    model = build_model(config, session.plan, torch.float32, session.device, backend=backend)
+
+    def read(name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
+        part = tensors[name][rows if rows else slice(None)]
+        return part if cols is None else part[:, cols]
+
+    load_weights(model, read, config, session)
+    batches = random_batches()
+    plain = step.token_logits(model, batches, session)
+    composed = compose([f"quant.weight={weight}", f"quant.activation={activation}", "quant.name=own",
+                        f"quant.group_size={32 if weight == 'int4' else 16 if weight == 'nvfp4' else 0}"])  # fmt: skip
+    plan = policy.make_plan(composed.quant, composed.kv, config)
+    matches = apply.insert_quantizers(model, plan)
+    apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, batches, session))
+    maxima = {name: q._amax.clone() for name, q in apply.enabled_quantizers(model).items() if hasattr(q, "_amax")}
+    quantised = step.token_logits(model, batches, session)
+    wrapped, optimizer = step.make_trainable(model, composed.train, torch.float32)
+    result = step.train_step(wrapped, optimizer, batches, session)
+    return {"plain": plain, "maxima": maxima, "quantised": quantised, "loss": result.loss, "norm": result.gradient_norm}
+
+
+@pytest.mark.parametrize(("weight", "activation"), [("int4", "none"), ("nvfp4", "nvfp4"), ("fp8", "fp8")])
+def test_backends_are_the_same_model(session: Any, weight: str, activation: str) -> None:
+    llama = random_llama(hidden_size=128, intermediate_size=256)
+    local, te = (run(llama, session, backend, weight, activation) for backend in ("local", "te"))
+    weights = {name for name in local["maxima"] if name.endswith("weight_quantizer")}
+    assert set(local["maxima"]) == set(te["maxima"]) and weights
+    assert all(torch.equal(local["maxima"][name], te["maxima"][name]) for name in weights), "maxima of equal weights"
+    data = [(local["maxima"][name], te["maxima"][name]) for name in set(local["maxima"]) - weights]
+    apart = max((float(((a - b) / b).abs().max()) for a, b in data), default=0.0)
+    logits = {kind: float((local[kind] - te[kind]).abs().max()) for kind in ("plain", "quantised")}
+    print(f"{weight}/{activation}: maxima of data {apart:.1e}, logits {logits}, loss {local['loss'] - te['loss']:.1e}, "
+          f"gradient norm {local['norm'] / te['norm'] - 1:.1e}")  # fmt: skip
+    assert apart <= 2e-3 and logits["plain"] <= 2e-2 and abs(local["loss"] - te["loss"]) <= 1e-2
