@@ -74,9 +74,7 @@ def qat(config: RunConfig, launch: Launch) -> None:
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
-        model = build_model(
-            source.hf_config, launch.plan, run.dtype, session.device, config.parallel.recompute, config.model.backend
-        )
+        model = _build(run)
         found = _checkpoint_to_resume(run)
         if found is None:
             _import_and_calibrate(run, model)

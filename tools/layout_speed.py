@@ -1,0 +1,170 @@
+"""Tokens per second, model FLOPs utilisation and peak memory of a training step, layout by layout.
+
+torchrun --nproc-per-node 2 tools/layout_speed.py [--model experts] [--layouts TP2SP PP2 DP2DO CP2] [--quant nvfp4]
+
+A model of the 1B class with random weights, bf16, on random tokens; each layout that the started processes suit runs
+the same global batch (per data-parallel rank the same, where --weak). One table: the first losses, which every layout
+must share but for roundings, and medians over the timed steps. --backend te takes TransformerEngine's layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from tools.layout_parity import REFERENCE, layout_plan
+
+DENSE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32768,
+    "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = DENSE | {
+    "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    "num_hidden_layers": 8, "intermediate_size": 4096,
+}  # fmt: skip
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("dense", "experts"), default="dense")
+    parser.add_argument("--layouts", nargs="+", default=[REFERENCE], help=f"{REFERENCE}: one process does it all")
+    parser.add_argument("--quant", default="none", help="a preset of conf/quant")
+    parser.add_argument("--backend", choices=("local", "te"), default="local")
+    parser.add_argument("--global-batch", type=int, default=8)
+    parser.add_argument("--seq-length-tokens", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
+    parser.add_argument("--weak", action="store_true", help="--global-batch is that of each data-parallel rank")
+    parser.add_argument("--layers", type=int, help="instead of the model's own")
+    parser.add_argument("--hidden", type=int, help="a narrower model, to try this on a CPU")
+    chosen = parser.parse_args()
+    from torch.distributed import rendezvous
+
+    store, rank, world = next(iter(rendezvous("env://")))
+    rows = [measure(chosen, layout, store, rank) for layout in chosen.layouts]
+    if rank == 0:
+        print(f"{chosen.model} {chosen.quant} {chosen.backend}, {world} processes, {chosen.seq_length_tokens} tokens")
+        print(f"{'layout':16}{'tokens/s':>10}{'per rank':>10}{'MFU':>8}{'GiB':>8}  losses")
+        for row in rows:
+            print(f"{row['layout']:16}{row['speed']:10,.0f}{row['speed'] / row['ranks']:10,.0f}{row['mfu']:8.3f}"
+                  f"{row['gib']:8.2f}  {' '.join(f'{loss:.5f}' for loss in row['losses'][:4])}")  # fmt: skip
+
+
+def measure(chosen: argparse.Namespace, layout: str, store: Any, rank: int) -> dict[str, Any]:
+    from torch.distributed import PrefixStore
+
+    from megatron_edge.contracts import ParallelPlan
+    from megatron_edge.runtime.session import open_session
+
+    alone = layout == REFERENCE
+    plan = ParallelPlan() if alone else layout_plan(layout)
+    outcome: dict[str, Any] = {"layout": "one process" if alone else layout, "ranks": plan.world_size}
+    if rank < plan.world_size:
+        with open_session(
+            plan, rank=rank, local_rank=int(os.environ["LOCAL_RANK"]),
+            store=PrefixStore(f"{layout}{chosen.backend}", store), timeout_seconds=300, seed=1,
+        ) as session:  # fmt: skip
+            outcome |= steps(chosen, layout, session)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    store.add(f"done {layout}", 1)
+    while store.add(f"done {layout}", 0) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.05)
+    return outcome
+
+
+def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, Any]:
+    from megatron_edge.compose import compose
+    from megatron_edge.model.build import build_model, load_weights
+    from megatron_edge.model.hf_config import checked_config
+    from megatron_edge.quantize import apply, policy
+    from megatron_edge.train import step
+    from megatron_edge.train.data import Batch
+
+    raw = dict(DENSE if chosen.model == "dense" else EXPERTS)
+    raw |= {"num_hidden_layers": chosen.layers} if chosen.layers else {}
+    raw |= {"hidden_size": chosen.hidden, "intermediate_size": 2 * chosen.hidden, "num_attention_heads": 8,
+            "vocab_size": 1024} if chosen.hidden else {}  # fmt: skip
+    hf_config, length = checked_config(raw, "the benchmark's model"), chosen.seq_length_tokens
+    device = session.device
+    model = build_model(hf_config, session.plan, torch.bfloat16, device, backend=chosen.backend)
+    load_weights(model, _random_weights(device), hf_config, session)
+    config = compose([f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0"])
+    batch = chosen.global_batch * (session.plan.dp if chosen.weak else 1)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, hf_config["vocab_size"], (batch, length), generator=generator)
+    places = torch.arange(length).expand_as(ids)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    windows = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), places, counted, ids.roll(-1, 1))
+    mine = windows.split(1)[session.dp_rank :: session.plan.dp]
+    plan = policy.make_plan(config.quant, config.kv, hf_config)
+    if plan.rules:
+        matches = apply.insert_quantizers(model, plan)
+        apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, windows.split(1)[:2], session))
+    wrapped, optimizer = step.make_trainable(
+        model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO")
+    )
+    step.learning_rate_schedule(optimizer, config.train).step(1)
+    losses, seconds = [], []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(chosen.steps):
+        began = time.perf_counter()
+        losses.append(step.train_step(wrapped, optimizer, mine, session).loss)  # ends with a reduction over all ranks
+        seconds.append(time.perf_counter() - began)
+    speed = batch * length / statistics.median(seconds[2:])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return {
+        "speed": speed, "losses": losses, "gib": max(session.gather(peak)) / 2**30,
+        "mfu": speed * flops_per_token(hf_config, length) / (session.plan.world_size * peak_flops(device)),
+    }  # fmt: skip
+
+
+def _random_weights(device: torch.device) -> Any:
+    """The same values in every layout: each slice is made from its tensor's name and the place of its rows."""
+
+    def read(name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
+        assert rows is not None
+        if cols is None:
+            return torch.ones(rows.stop - rows.start, device=device)
+        row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.float64)[:, None]
+        column = torch.arange(cols.start, cols.stop, device=device, dtype=torch.float64)[None]
+        seed = sum(name.encode()) % 997
+        noise = torch.frac(torch.sin(row * 12.9898 + column * 78.233 + seed) * 43758.5453)
+        return ((noise - 0.5) * 0.07).float()
+
+    return read
+
+
+def flops_per_token(hf_config: dict[str, Any], length: int) -> float:
+    """6 per parameter that multiplies a token, and attention's scores (Chowdhery et al. 2022, appendix B), causal."""
+    from megatron_edge.families import dims_of
+    from megatron_edge.memory import count_parameters
+
+    dims, count = dims_of(hf_config), count_parameters(hf_config)
+    used = count.linears + dims.vocab_size * dims.hidden_size
+    used += count.experts * dims.experts_per_token // max(dims.num_experts, 1)
+    return 6 * used + 6 * dims.num_layers * dims.num_heads * dims.head_dim * length
+
+
+def peak_flops(device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("nan")
+    name = torch.cuda.get_device_name()
+    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), float("nan"))
+
+
+if __name__ == "__main__":
+    main()
