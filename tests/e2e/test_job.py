@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import CHECKPOINT_EVERY_STEPS, SMALL, STEPS, Run
 from tests.e2e.launches import checkpoints, hashes, metrics, run
+from tests.unit.tiny_tokenizer import tiny_tokenizer
+from tools.random_models import RANDOM_MODELS, make_random_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -209,3 +211,20 @@ def test_plain_fine_tuning_on_parquet(tiny_model: Path, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert_weights_are_the_trained_ones(model, tmp_path / "run")
     assert_logits_are_the_trained_ones(model, tmp_path / "run")
+
+
+def test_experts_spread_by_themselves(tmp_path: Path) -> None:
+    """A mixture of experts, parallel=auto: experts on both ranks, the log says why, and the artifact is the model."""
+    source = make_random_model(RANDOM_MODELS["qwen3_moe"], tmp_path / "model")
+    tiny_tokenizer().save_pretrained(source)
+    arguments = ("parallel=auto", "quant=nvfp4", "kv=fp8", f"model.source={source}", f"run_dir={tmp_path / 'run'}")
+    small = ("train.steps=2", "train.seq_length_tokens=64", "data.eval_tokens=256", "quant.calib_size=8")
+    done = run("qat", *arguments, *small, "export.max_loss_rise=1", directory=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert not done.noise, done.noise
+    assert "parallel=auto: TP1 PP1 EP2 DP2 on 2 processes: " in done.stderr
+    assert_complete(tmp_path / "run", 2, {"modelopt", "compressed_tensors"})
+    manifest = json.loads((tmp_path / "run" / "artifact" / "canonical" / "manifest.json").read_text())
+    assert sum(".experts." in name for name in manifest["linears"]) == 4 * 8 * 3, "layers x experts x gate, up, down"
+    report = json.loads((tmp_path / "run" / "quant_report.json").read_text())
+    assert isinstance(report["experts_without_tokens"], list)
