@@ -36,7 +36,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "device",
     "model.name", "model.backend", "quant.name", "kv.name",
-    "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
+    "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
 
 
@@ -120,6 +120,7 @@ class TrainConfig:
     adam_beta1: float = leaf("decay of the first moment", low=0.0, high=0.999999)
     adam_beta2: float = leaf("decay of the second moment", low=0.0, high=0.999999)
     clip_norm: float = leaf("largest global gradient norm; 0 does not clip", low=0.0)
+    max_skipped_steps: int = leaf("steps in a row that may be skipped, as their loss or gradient is not finite", low=0)
     checkpoint_every_steps: int = leaf("steps between checkpoints; 0 saves only the last", low=0)
     keep_checkpoints: int = leaf("newest checkpoints to keep", low=1)
     log_every_steps: int = leaf("steps between lines of the log", low=1)

@@ -21,6 +21,10 @@ class VerificationFailed(RuntimeError):
     """At least one check of verify does not hold: launchers exit with code 3."""
 
 
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite: launchers exit with code 4."""
+
+
 class StoppedBySignal(RuntimeError):
     """A signal stopped the job after its state was saved: launchers exit with code 75."""
 

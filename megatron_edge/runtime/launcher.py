@@ -2,9 +2,9 @@
 
 In: sys.argv and the environment. Out: `job(config, launch)` is called on every rank, after rank 0 alone has composed
 the configuration with Hydra and handed it to the others through the rendezvous store, before any process group exists.
-Called by the files in launch/. Exit codes: 0 done; 2 the user's input; 3 a check of verify failed; 75 stopped by a
-signal after saving; 1 is our bug. torchrun itself always exits with 1 when a rank fails; its summary names the rank's
-own code.
+Called by the files in launch/. Exit codes: 0 done; 2 the user's input; 3 a check of verify failed; 4 training diverged;
+75 stopped by a signal after saving; 1 is our bug. torchrun itself always exits with 1 when a rank fails; its summary
+names the rank's own code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_edge import checks, compose, log
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
-from megatron_edge.contracts import InputError, ParallelPlan, StoppedBySignal, VerificationFailed
+from megatron_edge.contracts import Diverged, InputError, ParallelPlan, StoppedBySignal, VerificationFailed
 from megatron_edge.runtime.topology import make_plan
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 OUTCOMES: dict[type[Exception], tuple[int, str]] = {
     InputError: (2, "error"),
     VerificationFailed: (3, "failed"),
+    Diverged: (4, "diverged"),
     StoppedBySignal: (75, "stopped"),
 }
 

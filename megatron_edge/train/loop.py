@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_edge.contracts import StoppedBySignal
+from megatron_edge.contracts import Diverged, StoppedBySignal
 from megatron_edge.runtime.session import Session
 from megatron_edge.train.data import BatchPlan
 from megatron_edge.train.step import StepResult, learning_rate_schedule, train_step
@@ -60,10 +60,11 @@ def fit(
 
     Raises:
         StoppedBySignal: SIGTERM or SIGINT arrived; the state was saved.
+        Diverged: train.max_skipped_steps were skipped one after the other, and one more.
     """
     schedule = learning_rate_schedule(optimizer, train)
     schedule.step(start_step + 1)  # the first step already has a learning rate above zero
-    saved = start_step
+    saved, skipped = start_step, 0
     with _stop_on_signal() as stop:
         for step in range(start_step, train.steps):
             began = time.perf_counter()
@@ -72,6 +73,9 @@ def fit(
                 model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session
             )
             schedule.step(1)
+            skipped = 0 if result.applied else skipped + 1
+            if skipped:
+                _tell_skipped(step, result, batches, skipped, train.max_skipped_steps)
             report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))
             done = step + 1
             stopping = session.agree_any(stop.requested)
@@ -83,6 +87,21 @@ def fit(
                 raise StoppedBySignal(f"stopped by a signal after step {saved}; the same command continues there")
 
 
+def _tell_skipped(step: int, result: StepResult, batches: BatchPlan, skipped: int, limit: int) -> None:
+    """`step` counts from 0, as samples do in the order of training."""
+    first = step * batches.global_batch
+    text = (
+        f"step {step + 1}: loss {result.loss}, gradient norm {result.gradient_norm}: not finite, nothing was updated "
+        f"(samples {first} to {first + batches.global_batch - 1} in the order of training)"
+    )
+    log.warning("%s", text)
+    if skipped > limit:
+        raise Diverged(
+            f"{text}; {skipped} steps in a row, train.max_skipped_steps={limit}. The last checkpoint is from before; "
+            "allowed: a lower train.learning_rate, a lower train.clip_norm, or other data"
+        )
+
+
 def _metrics(step: int, result: StepResult, learning_rate: float, seconds: float, session: Session) -> dict[str, float]:
     metrics: dict[str, float] = {
         "step": step,
@@ -92,6 +111,7 @@ def _metrics(step: int, result: StepResult, learning_rate: float, seconds: float
         "tokens": result.tokens,
         "tokens_per_second": result.tokens / seconds,
         "step_seconds": seconds,
+        "skipped": float(not result.applied),
     }
     for rank, used in enumerate(memory_bytes_per_rank(session)):
         metrics[f"memory_bytes_rank{rank}"] = used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from megatron_edge.train.data import Batch, attention_mask
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss is the mean over the global batch's counted tokens, in nats; equal on all ranks."""
+    """loss is the mean over the global batch's counted tokens, in nats; equal on all ranks. `applied` is False where
+    loss or gradient was not finite: weights and optimizer are as before."""
 
     loss: float
     gradient_norm: float
@@ -156,9 +158,27 @@ def train_step(model: nn.ModuleList, optimizer: Any, batches: list[Batch], sessi
             micro_batch_size=micro_batch,
             forward_only=False,
         )
-    applied, norm, _ = optimizer.step()
     total, tokens = _reduce(found, session)
-    return StepResult(loss=total / max(tokens, 1), gradient_norm=float(norm), tokens=tokens, applied=bool(applied))
+    norm, applied = _update(optimizer, math.isfinite(total), session)
+    return StepResult(loss=total / max(tokens, 1), gradient_norm=norm, tokens=tokens, applied=applied)
+
+
+def _update(optimizer: Any, is_finite: bool, session: Session) -> tuple[float, bool]:
+    """Clips and steps; (gradient norm before clipping, whether it was done). Upstream asks for finite gradients only
+    where a loss is scaled, which fp16 needs, and would put what is not finite into the weights."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if session.agree_any(not (is_finite and math.isfinite(norm))):
+        return norm, False
+    if optimizer.config.clip_grad > 0:
+        for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+            parameters = inner.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm, True
 
 
 def _reduce(found: list[dict[str, Tensor]], session: Session) -> tuple[float, int]:

@@ -257,14 +257,14 @@ def test_the_optimizer_steps_as_torch_does(session: Any) -> None:
     step.learning_rate_schedule(optimizer, TRAIN).step(5)  # also sets the decay of each group
     learning_rate = optimizer.param_groups[0]["lr"]
     seen: dict[str, torch.Tensor] = {}
-    run_step = optimizer.step
+    prepare = optimizer.prepare_grads
 
     def spy() -> Any:
         seen.update({name: param.main_grad.clone() for name, param in model.named_parameters()})
-        return run_step()
+        return prepare()
 
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    optimizer.step = spy
+    optimizer.prepare_grads = spy
     result = step.train_step(wrapped, optimizer, random_batches(), session)
     total = torch.nn.utils.get_total_norm(seen.values())
     assert result.gradient_norm == pytest.approx(float(total), rel=3 * _norm_floor(list(seen.values())))
