@@ -25,6 +25,14 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite: launchers exit with code 4."""
 
 
+class RankLost(RuntimeError):
+    """Another rank is gone or hangs, so that this one cannot go on: launchers exit with code 5."""
+
+
+class WriteFailed(RuntimeError):
+    """The disk refused (full, over quota, read only); what was complete before is untouched: launchers exit with 6."""
+
+
 class StoppedBySignal(RuntimeError):
     """A signal stopped the job after its state was saved: launchers exit with code 75."""
 

@@ -3,14 +3,14 @@
 In: sys.argv and the environment. Out: `job(config, launch)` is called on every rank, after rank 0 alone has composed
 the configuration with Hydra and handed it to the others through the rendezvous store, before any process group exists.
 Called by the files in launch/. Exit codes: 0 done; 2 the user's input; 3 a check of verify failed; 4 training diverged;
-75 stopped by a signal after saving; 1 is our bug. torchrun itself always exits with 1 when a rank fails; its summary
-names the rank's own code.
+5 a rank hung or was lost; 6 the disk refused; 75 stopped by a signal after saving; 1 is our bug. torchrun itself always
+exits with 1 when a rank fails; its summary names the rank's own code.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -18,13 +18,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_edge import checks, compose, log
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
-from megatron_edge.contracts import Diverged, InputError, ParallelPlan, StoppedBySignal, VerificationFailed
+from megatron_edge.contracts import (
+    Diverged,
+    InputError,
+    ParallelPlan,
+    RankLost,
+    StoppedBySignal,
+    VerificationFailed,
+    WriteFailed,
+)
+from megatron_edge.runtime.rendezvous import Meeting
 from megatron_edge.runtime.topology import make_plan
 
 if TYPE_CHECKING:
@@ -35,8 +44,12 @@ OUTCOMES: dict[type[Exception], tuple[int, str]] = {
     InputError: (2, "error"),
     VerificationFailed: (3, "failed"),
     Diverged: (4, "diverged"),
+    RankLost: (5, "lost"),
+    WriteFailed: (6, "disk"),
     StoppedBySignal: (75, "stopped"),
 }
+# What the operating system says where the disk, and not the program, is at fault.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def launch(
     processes = Processes(rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
     arguments = [a for a in sys.argv[1:] if not a.startswith("-")]
-    store: Store | None = None
+    meeting: Meeting | None = None
     try:
         processes = read_processes(os.environ)
         if "-h" in flags or "--help" in flags:
@@ -99,15 +112,13 @@ def launch(
         if flags and processes.world_size == 1:
             _check_flags(flags, processes)
             _leave(_run_sweep(sys.argv[0], arguments), processes)
-        if processes.world_size > 1:
-            store = _open_store()
+        meeting = Meeting(processes.rank, processes.world_size)
 
-        def composed() -> str:
+        def composed(begun: bool) -> str:
             _check_flags(flags, processes)
-            return _compose(arguments, processes, prepare, reads_run, trains, any_world)
+            return _compose(arguments, processes, prepare, reads_run, trains, any_world, begun)
 
-        text = _share(store, processes, composed)
-        config = configuration.from_yaml(text)
+        config = configuration.from_yaml(meeting.share(composed))
         plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
         threads = _set_threads(config.threads, processes)
         log.setup(processes.rank, processes.world_size).info(
@@ -116,11 +127,11 @@ def launch(
             threads,
             processes.world_size,
         )
-        code = job(config, Launch(**vars(processes), threads=threads, plan=plan, store=store))
+        code = job(config, Launch(**vars(processes), threads=threads, plan=plan, store=meeting.store))
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001  the one place that makes any outcome an exit code
-        code = _report(error, processes, store)
+        code = _report(error, processes, meeting)
     _leave(code or 0, processes)
 
 
@@ -145,9 +156,12 @@ def _compose(
     reads_run: bool,
     trains: bool,
     any_world: bool,
+    begun: bool,
 ) -> str:
-    """On rank 0: the checked configuration as YAML."""
+    """On rank 0: the checked configuration as YAML. `begun`: an earlier start of this job came past here."""
     config = compose.compose_over_run(arguments) if reads_run else compose.compose(arguments)
+    if begun and config.resume == "never":
+        config = replace(config, resume="auto")  # what it forbids was cleared then; what is there now is this job's
     checks.check_config(config)
     plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
     if trains:
@@ -249,49 +263,21 @@ def _set_threads(threads: int, processes: Processes) -> int:
     return threads
 
 
-def _open_store() -> Store:
-    """The rendezvous store that init_process_group would open, opened before it. Under torchrun it is the agent's."""
-    from torch.distributed import rendezvous
-
-    store, _, _ = next(iter(rendezvous("env://")))
-    return store
-
-
-def _share(store: Store | None, processes: Processes, compose: Callable[[], str]) -> str:
-    """Rank 0's composed YAML on every rank. Raises InputError on every rank where rank 0 refuses the input."""
-    if store is None:
-        return compose()
-    if processes.rank:
-        verdict = json.loads(store.get("megatron_edge/config"))
-        store.add("megatron_edge/config_read", 1)
-        if "refused" in verdict:
-            raise InputError(verdict["refused"])
-        return str(verdict["config"])
-    try:
-        text = compose()
-    except BaseException as error:
-        refusal = str(error) if isinstance(error, InputError) else f"rank 0 failed: {error!r}"
-        store.set("megatron_edge/config", json.dumps({"refused": refusal}))
-        deadline = time.monotonic() + 30  # leave together, or the first to leave ends the others with a signal
-        while store.add("megatron_edge/config_read", 0) < processes.world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        raise
-    store.set("megatron_edge/config", json.dumps({"config": text}))
-    return text
-
-
-def _report(error: BaseException, processes: Processes, store: Store | None) -> int:
+def _report(error: BaseException, processes: Processes, meeting: Meeting | None) -> int:
     """Say what happened, once over all ranks, and return the exit code."""
+    meeting = meeting or Meeting(processes.rank, 1)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        error = WriteFailed(str(error))
     for kind, (code, label) in OUTCOMES.items():
         if isinstance(error, kind):
-            if _is_first(store, processes, f"{label}/{hashlib.sha256(str(error).encode()).hexdigest()}"):
+            if meeting.is_first(f"{label}/{hashlib.sha256(str(error).encode()).hexdigest()}"):
                 sys.stderr.write(f"{label}: {error}\n")
             return code
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write(f"interrupted: rank {processes.rank}\n")
         return 130
     where = f"[rank {processes.rank} of {processes.world_size}] "
-    if _is_first(store, processes, "crash"):
+    if meeting.is_first("crash"):
         sys.stderr.write("".join(f"{where}{line}" for line in _traceback_lines(error)))
     else:  # most likely because the first one is gone
         time.sleep(1)  # the first one speaks and leaves first: torchrun calls what it sees ended first the root cause
@@ -301,15 +287,6 @@ def _report(error: BaseException, processes: Processes, store: Store | None) -> 
 
 def _traceback_lines(error: BaseException) -> list[str]:
     return "".join(traceback.format_exception(error)).splitlines(keepends=True)
-
-
-def _is_first(store: Store | None, processes: Processes, what: str) -> bool:
-    if store is None:  # one process, or a refusal that all ranks come to by themselves
-        return what == "crash" or processes.rank == 0
-    try:
-        return store.add(f"megatron_edge/said/{what}", 1) == 1
-    except RuntimeError:  # the process that held the store is gone
-        return what == "crash" or processes.rank == 0
 
 
 def _leave(code: int, processes: Processes) -> NoReturn:

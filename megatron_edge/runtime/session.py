@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -19,8 +20,12 @@ import torch.distributed as dist
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.runtime import compat
 from megatron_edge.runtime.topology import describe
+from megatron_edge.runtime.watchdog import watching
 
 log = logging.getLogger("megatron_edge")
+
+# What a collective waits beyond the watchdog, which names the rank that is at fault and speaks first.
+COLLECTIVE_GRACE_SECONDS = 60
 
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformers")
 
@@ -145,66 +150,81 @@ def open_session(
 ) -> Iterator[Session]:
     """Starts NCCL where there is a GPU and gloo otherwise, and Megatron's groups for `plan`. All ranks call it.
 
-    `store` is the rendezvous store of the launch; None for a single process.
+    `store` is this start's store of the launch; None for a single process. After `timeout_seconds` without progress
+    the watchdog ends all ranks.
+
+    Raises:
+        RankLost: another rank is gone.
     """
     # Megatron wants one queue per device, so that tensor-parallel communication starts before the work it hides behind.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     compat.install()
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    store = store if store is not None else dist.HashStore()
+    with watching(store, rank, plan.world_size, timeout_seconds):
+        failed = True
+        try:
+            session = _open_groups(plan, rank, device, store, timeout_seconds + COLLECTIVE_GRACE_SECONDS, seed)
+            log.info("%s, %s, %s; %s", describe(plan), device.type, dist.get_backend(), _accelerators())
+            log.info("%s", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
+            yield session
+            dist.barrier()
+            failed = False
+        finally:
+            # To close the groups under a failure would fail the other ranks before this one has said why: there they
+            # are left to the end of the process, which is near.
+            if dist.is_initialized() and (not failed or plan.world_size == 1):
+                _close_groups()
+
+
+def _open_groups(
+    plan: ParallelPlan, rank: int, device: torch.device, store: Any, timeout_seconds: int, seed: int
+) -> Session:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    _start_groups(store, rank, plan, device, timeout_seconds)
-    failed = True
-    try:
-        parallel_state.initialize_model_parallel(
-            plan.tp,
-            plan.pp,
-            context_parallel_size=plan.cp,
-            virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
-            expert_model_parallel_size=plan.ep,
-            expert_tensor_parallel_size=plan.etp,
-            distributed_timeout_minutes=max(1, timeout_seconds // 60),
-        )
-        random.seed(seed)
-        torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed)
-        log.info("%s, %s, %s; %s", describe(plan), device.type, dist.get_backend(), _accelerators())
-        log.info("%s", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
-        yield Session(
-            plan=plan,
-            device=device,
-            rank=rank,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            cp_rank=parallel_state.get_context_parallel_rank(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            ep_rank=parallel_state.get_expert_model_parallel_rank(),
-            etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
-            edp_rank=parallel_state.get_expert_data_parallel_rank(),
-        )
-        dist.barrier()
-        failed = False
-    finally:
-        # To close the groups under a failure would fail the other ranks before this one has said why: there they are
-        # left to the end of the process, which is near.
-        if not failed or plan.world_size == 1:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-
-
-def _start_groups(store: Any, rank: int, plan: ParallelPlan, device: torch.device, timeout_seconds: int) -> None:
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store if store is not None else dist.HashStore(),
+        "nccl" if cuda else "gloo",
+        store=store,
         rank=rank,
         world_size=plan.world_size,
         timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if cuda else None,
     )
+    parallel_state.initialize_model_parallel(
+        plan.tp,
+        plan.pp,
+        context_parallel_size=plan.cp,
+        virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=plan.etp,
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+    )
+    random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Session(
+        plan=plan,
+        device=device,
+        rank=rank,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        edp_rank=parallel_state.get_expert_data_parallel_rank(),
+    )
+
+
+def _close_groups() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _accelerators() -> str:
