@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_edge.contracts import InputError, QuantPlan
+from megatron_edge.contracts import DISK_ERRORS, InputError, QuantPlan, WriteFailed
 from megatron_edge.model.build import chunks_of
 from megatron_edge.quantize.state import (
     PREFIX,
@@ -58,7 +58,7 @@ def save_checkpoint(
     """Writes `directory/step_<step>`; then removes all but the newest `keep`. All ranks call it.
 
     Raises:
-        OSError: the disk refused; earlier checkpoints are untouched.
+        WriteFailed: the disk refused; earlier checkpoints are untouched.
     """
     from megatron.core import dist_checkpointing
 
@@ -66,9 +66,26 @@ def save_checkpoint(
     saving = directory / f"{_SAVING}{final.name}"
     session.on_rank_0(lambda: _fresh(saving))
     state = _sharded_state(model, optimizer, plan, session, loading=False)
-    dist_checkpointing.save(state, str(saving))
-    session.on_rank_0(lambda: _publish(saving, final, step, extra, keep))
+    try:
+        dist_checkpointing.save(state, str(saving))
+        session.on_rank_0(lambda: _publish(saving, final, step, extra, keep))
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        shutil.rmtree(saving, ignore_errors=True)  # nothing of it can be used, and space is what is wanted
+        raise WriteFailed(
+            f"{final} cannot be written: {reason}; the checkpoints before it are untouched, "
+            "and with room for it the same command continues from the last one"
+        ) from error
     return final
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said, behind what writers made of it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def find_newest(directory: Path, session: Session) -> CheckpointInfo | None:

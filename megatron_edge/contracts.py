@@ -6,6 +6,7 @@ A record describes; it never computes on tensors. JSON is its form on disk (`to_
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ class VerificationFailed(RuntimeError):
 
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite: launchers exit with code 4."""
+
+
+# What the operating system says where the disk, and not the program, is at fault.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class RankLost(RuntimeError):

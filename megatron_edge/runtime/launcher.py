@@ -9,7 +9,6 @@ exits with 1 when a rank fails; its summary names the rank's own code.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -25,6 +24,7 @@ from megatron_edge import checks, compose, log
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import (
+    DISK_ERRORS,
     Diverged,
     InputError,
     ParallelPlan,
@@ -48,8 +48,6 @@ OUTCOMES: dict[type[Exception], tuple[int, str]] = {
     WriteFailed: (6, "disk"),
     StoppedBySignal: (75, "stopped"),
 }
-# What the operating system says where the disk, and not the program, is at fault.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
