@@ -106,6 +106,13 @@ class Meeting:
         except RuntimeError:  # the process that held the store is gone
             return what == "crash" or self.rank == 0
 
+    def has_spoken(self) -> bool:
+        """Whether a process of this start has said why it ends."""
+        try:
+            return self.store is not None and bool(self.store.check(["said"]))
+        except RuntimeError:
+            return False
+
 
 def _with_prefix(prefix: str, store: Store) -> Store:
     from torch.distributed import PrefixStore

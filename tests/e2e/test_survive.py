@@ -72,6 +72,18 @@ def test_a_full_disk_costs_no_checkpoint(gateway_arguments: tuple[str, ...], tmp
     assert done.returncode == 0 and "nats/token" in done.stderr, "and it can be read"
 
 
+def test_the_disk_of_one_rank_ends_all_in_agreement(gateway_arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Rank 0 has written its part by then, and must not wait for rank 1's."""
+    run_dir = tmp_path / "run"
+    limit = ("bash", "-c", '[ "$RANK" = 1 ] && ulimit -f 1500; exec "$@"', "limited")
+    command = (*gateway_arguments, f"run_dir={run_dir}")
+    done = run("qat", *command, directory=tmp_path, processes=2, wrapper=limit)
+    (said,) = done.lines("disk: ")
+    assert "cannot be written: rank 1: [Errno 27] File too large; the checkpoints before it are untouched" in said
+    assert done.rank_codes == [6, 6] and "[rank " not in done.stderr
+    assert checkpoints(run_dir) == [0] and not list((run_dir / "checkpoints").glob(".saving-*"))
+
+
 def test_training_that_diverges_stops_with_the_last_good_checkpoint(
     gateway_arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
