@@ -275,20 +275,12 @@ def _report(error: BaseException, processes: Processes, meeting: Meeting | None)
         sys.stderr.write(f"interrupted: rank {processes.rank}\n")
         return 130
     where = f"[rank {processes.rank} of {processes.world_size}] "
-    if not (_is_consequence(error) and meeting.has_spoken()) and meeting.is_first("crash"):
+    if meeting.is_first("crash"):
         sys.stderr.write("".join(f"{where}{line}" for line in _traceback_lines(error)))
     else:  # most likely because the first one is gone
         time.sleep(1)  # the first one speaks and leaves first: torchrun calls what it sees ended first the root cause
         sys.stderr.write(f"{where}ended after another rank's failure: {type(error).__name__}\n")
     return 1
-
-
-def _is_consequence(error: BaseException) -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from megatron_edge.runtime.watchdog import is_broken_connection
-
-    return is_broken_connection(error)
 
 
 def _traceback_lines(error: BaseException) -> list[str]:

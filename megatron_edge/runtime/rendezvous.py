@@ -96,22 +96,17 @@ class Meeting:
         return absent
 
     def is_first(self, what: str) -> bool:
-        """Whether this process is the first of this start to say `what`. A crash is always said where that is unknown,
-        anything else then by rank 0."""
+        """Whether this process is the first of this start to say `what`; a crash, after anything else was said, is a
+        consequence of that. A crash is always said where that is unknown, anything else then by rank 0."""
         if self.store is None:  # one process, or a refusal that all ranks come to by themselves
             return what == "crash" or self.rank == 0
         try:
+            if what == "crash" and self.store.check(["said"]):
+                return False
             self.store.set("said", "1")
             return self.store.add(f"said/{what}", 1) == 1
         except RuntimeError:  # the process that held the store is gone
             return what == "crash" or self.rank == 0
-
-    def has_spoken(self) -> bool:
-        """Whether a process of this start has said why it ends."""
-        try:
-            return self.store is not None and bool(self.store.check(["said"]))
-        except RuntimeError:
-            return False
 
 
 def _with_prefix(prefix: str, store: Store) -> Store:

@@ -58,17 +58,12 @@ def watching(store: Any, rank: int, world_size: int, timeout_seconds: float) -> 
     try:
         yield
     except RuntimeError as error:
-        if is_broken_connection(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
             watch.explain(error)
         raise
     finally:
         watch.ended.set()
         watch.join(5 * BEAT_SECONDS)
-
-
-def is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank, as far as gloo and NCCL say."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class _Watch(threading.Thread):

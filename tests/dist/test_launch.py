@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +26,14 @@ def job(config, started):
     said = {"rank": started.rank, "local_rank": started.local_rank, "dp": started.plan.dp, "threads": started.threads,
             "composed_here": "hydra" in sys.modules, "yaml": hashlib.sha256(to_yaml(config).encode()).hexdigest()}
     Path(f"rank{started.rank}.json").write_text(json.dumps(said))
+    if config.train.seed == 6:
+        import time
+        from megatron_edge.runtime.session import open_session
+        with open_session(started.plan, rank=started.rank, local_rank=started.local_rank, store=started.store,
+                          timeout_seconds=10, seed=1):
+            if started.rank == 1:
+                time.sleep(600)
+            dist.barrier()
     dist.init_process_group("gloo", store=started.store, rank=started.rank, world_size=started.world_size)
     ranks = [None] * started.world_size
     dist.all_gather_object(ranks, started.rank)
@@ -134,3 +143,16 @@ def test_a_sweep_starts_its_own_torchrun_for_each_combination(script: Path) -> N
     assert own_lines(done, "[2/2]") == ["[2/2] train.seed=3 parallel.pipeline=2 threads=1"]
     assert own_lines(done, "error:") == ["error: rank 1 alone"], "the first combination went well"
     assert done.returncode == 1, "torchrun's code for a rank that failed"
+
+
+def test_a_rank_that_sleeps_is_named_with_its_place(script: Path) -> None:
+    """It is alive, and gives signs of life; the others wait for it in a barrier."""
+    done = torchrun(script, "train.seed=6")
+    (said,) = own_lines(done, "hung: ")
+    line = SCRIPT.splitlines().index("                time.sleep(600)") + 1
+    assert re.fullmatch(
+        rf"hung: rank 1 stands in .*job\.py:{line} job(, in .*)? \(.*\), while the others wait for it; "
+        r"no progress for 10 s \(parallel\.timeout_seconds\)",
+        said,
+    ), said
+    assert "exitcode  : 5" in done.stderr and "[rank 1 of 2]" in done.stderr, "and its stack"
