@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_edge.contracts import DISK_ERRORS, InputError, QuantPlan, WriteFailed
+from megatron_edge.contracts import InputError, QuantPlan, WriteFailed, disk_error
 from megatron_edge.model.build import chunks_of
 from megatron_edge.quantize.state import (
     PREFIX,
@@ -27,7 +27,7 @@ from megatron_edge.quantize.state import (
     quantizer_shards,
     set_quantizer_state,
 )
-from megatron_edge.runtime import optimizer_state
+from megatron_edge.runtime import compat, optimizer_state
 from megatron_edge.runtime.session import Session
 
 log = logging.getLogger("megatron_edge")
@@ -58,34 +58,44 @@ def save_checkpoint(
     """Writes `directory/step_<step>`; then removes all but the newest `keep`. All ranks call it.
 
     Raises:
-        WriteFailed: the disk refused; earlier checkpoints are untouched.
+        WriteFailed: on every rank, where the disk refused one of them; earlier checkpoints are untouched.
     """
-    from megatron.core import dist_checkpointing
-
     final = directory / f"step_{step:08d}"
     saving = directory / f"{_SAVING}{final.name}"
     session.on_rank_0(lambda: _fresh(saving))
     state = _sharded_state(model, optimizer, plan, session, loading=False)
-    try:
-        dist_checkpointing.save(state, str(saving))
-        session.on_rank_0(lambda: _publish(saving, final, step, extra, keep))
-    except Exception as error:
-        reason = _disk_error(error)
-        if reason is None:
-            raise
-        shutil.rmtree(saving, ignore_errors=True)  # nothing of it can be used, and space is what is wanted
+    reasons = _write(state, saving, session)
+    if not reasons:
+        try:
+            session.on_rank_0(lambda: _publish(saving, final, step, extra, keep))
+        except OSError as error:  # on every rank
+            if disk_error(error) is None:
+                raise
+            reasons = [str(error)]
+    if reasons:
+        session.on_rank_0(lambda: shutil.rmtree(saving, ignore_errors=True))  # space is what is wanted
         raise WriteFailed(
-            f"{final} cannot be written: {reason}; the checkpoints before it are untouched, "
+            f"{final} cannot be written: {'; '.join(reasons)}; the checkpoints before it are untouched, "
             "and with room for it the same command continues from the last one"
-        ) from error
+        )
     return final
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """What the disk said, behind what writers made of it."""
-    while error is not None and not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
-        error = error.__cause__ or error.__context__
-    return error
+def _write(state: dict[str, Any], saving: Path, session: Session) -> list[str]:
+    """What the disks of all ranks said against it, the same on every rank; empty where all is written."""
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    problem = None
+    try:
+        dist_checkpointing.save(state, str(saving))
+    except CheckpointException as error:  # no Exception to Python; raised by all ranks together
+        problem = error
+    refused = [error for error in map(disk_error, compat.take_refused_writes()) if error is not None]
+    everyone = session.gather([str(error) for error in refused])
+    if problem is not None and not any(everyone):
+        raise RuntimeError(f"{saving} was not written: {problem}") from problem
+    return [f"rank {rank}: {reason}" for rank, reasons in enumerate(everyone) for reason in reasons]
 
 
 def find_newest(directory: Path, session: Session) -> CheckpointInfo | None:

@@ -30,6 +30,13 @@ class Diverged(RuntimeError):
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said, behind what writers made of it; None where the disk is not at fault."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 class RankLost(RuntimeError):
     """Another rank is gone or hangs, so that this one cannot go on: launchers exit with code 5."""
 

@@ -6,6 +6,7 @@ plain lines elsewhere, so that a CI log stays readable), and files in the run di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -102,11 +103,14 @@ class MetricsWriter:
         if not self._writes:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()  # a killed process must not cost lines of steps that are in a checkpoint
-        for key, value in values.items():
-            if key != "step":
-                self._board.add_scalar(key, value, int(values["step"]))
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()  # a killed process must not cost lines of steps that are in a checkpoint
+            for key, value in values.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, int(values["step"]))
+        except OSError as error:  # of this write, or of one that TensorBoard's thread did before
+            raise OSError(error.errno, error.strerror, str(self.path.parent)) from None  # Python does not say where
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +118,11 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writes:
+        if not self._writes:
+            return
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # said already
             self._file.close()
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self._board.close()
 
 

@@ -25,6 +25,7 @@ from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import ModelSource, open_source, resolve_source
 from megatron_edge.quantize import apply, awq, policy
 from megatron_edge.runtime.session import Session, open_session
+from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
 from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
 from megatron_edge.train.loop import fit
@@ -155,6 +156,7 @@ def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
     """Raises InputError where resume=must finds nothing, or the data are not those of the checkpoint."""
     if run.config.resume == "never":
         return None
+    mark("reading the checkpoints")
     found = checkpoints.find_newest(run.checkpoint_dir, run.session)
     if found is None:
         if run.config.resume == "must":
@@ -173,6 +175,7 @@ def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
 def _import_and_calibrate(run: _Run, model: nn.Module) -> None:
     """Weights in, losses of the model as it came and as calibrated, and the checkpoint of step 0."""
     session, plan = run.session, run.plan
+    mark("importing the model")
     load_weights(model, run.source.read, run.source.hf_config, session)
     run.extra |= {"data": run.data.fingerprint, "model": run.source.fingerprint()}
     run.losses["bf16" if run.dtype is torch.bfloat16 else "fp32"] = _evaluate(run, model, "the model as it came")
@@ -208,6 +211,7 @@ def _write_report(run: _Run, mine: QuantReport) -> None:
 def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
+    mark("calibrating")
     if plan.algorithm == "awq" or plan.activation != "none" or plan.kv == "fp8":
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
@@ -229,6 +233,7 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
 
 
 def _evaluate(run: _Run, model: nn.Module, what: str) -> float:
+    mark(f"evaluating {what}")
     loss = step.evaluate(model, run.heldout, run.session)
     _log_loss(what, loss)
     return loss
@@ -275,6 +280,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
 
 
 def _save(run: _Run, at: int, model: nn.Module, optimizer: Any | None) -> None:
+    mark(f"saving step {at}")
     checkpoints.save_checkpoint(
         run.checkpoint_dir,
         at,
@@ -290,6 +296,7 @@ def _save(run: _Run, at: int, model: nn.Module, optimizer: Any | None) -> None:
 
 def _write_reference(run: _Run, model: nn.Module) -> None:
     """The trained model's own word, for verify; all ranks call it."""
+    mark("writing the reference")
     loss = reference.write_reference(
         run.directory / "reference", model, run.source.hf_config, run.plan, run.session, run.heldout, run.losses
     )

@@ -14,9 +14,12 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_edge.contracts import disk_error
 
 MEGATRON_VERSIONS = ("0.16.1",)
 MODELOPT_VERSIONS = ("0.47.0",)
@@ -187,6 +190,7 @@ def install() -> None:
     if not torch.cuda.is_available():
         _megatron_on_cpu()
     _write_checkpoints_in_process()
+    _full_disks_are_told_to_all_ranks()
     _experts_without_transformer_engine()
     _modelopt_exception_safe()
     _modelopt_leaves_experts_alone()
@@ -337,9 +341,51 @@ def _write_checkpoints_in_process() -> None:
             )
             _, outcome = answer.get_nowait()
             if isinstance(outcome, Exception):
-                raise outcome
+                _refused_writes.append(outcome)
+                results.put(outcome)  # upstream tells all ranks, once they have all come to an end
+                return
             written[index] = outcome
         results.put(written)
 
     writer.write_preloaded_data_multiproc = staticmethod(write)
     upstream._get_write_results_queue = queue.Queue
+
+
+_refused_writes: list[Exception] = []
+
+
+def take_refused_writes() -> list[Exception]:
+    """What this rank could not write in dist_checkpointing.save since the last call."""
+    taken = list(_refused_writes)
+    _refused_writes.clear()
+    return taken
+
+
+def _full_disks_are_told_to_all_ranks() -> None:
+    """Three files are rank 0's alone, and where the disk refuses one of them the other ranks wait for ever in the
+    collective after it. Here rank 0 keeps the error for `take_refused_writes` and goes on. common.pt is written through
+    Python's own file, since torch's (common.py:58) does not say why it failed."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+
+    def save_common(self: Any, state: Any, checkpoint_dir: Any) -> None:
+        if torch.distributed.get_rank() == 0:
+            with (Path(checkpoint_dir) / common.COMMON_STATE_FNAME).open("wb") as stream:
+                torch.save(state, stream)
+
+    def remembered(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                if disk_error(error) is None:
+                    raise
+                _refused_writes.append(error)
+
+        return call
+
+    common.TorchCommonSaveStrategy.save_common = remembered(save_common)
+    writer = filesystem_async.FileSystemWriterAsync
+    writer.finish = remembered(writer.finish)
+    serialization.save_config = remembered(serialization.save_config)

@@ -265,7 +265,7 @@ def _report(error: BaseException, processes: Processes, meeting: Meeting | None)
     """Say what happened, once over all ranks, and return the exit code."""
     meeting = meeting or Meeting(processes.rank, 1)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        error = WriteFailed(str(error))
+        error = WriteFailed(f"{error}; with room for it the same command continues from the last checkpoint")
     for kind, (code, label) in OUTCOMES.items():
         if isinstance(error, kind):
             if meeting.is_first(f"{label}/{hashlib.sha256(str(error).encode()).hexdigest()}"):

@@ -16,6 +16,7 @@ from torch import nn
 
 from megatron_edge.contracts import Diverged, StoppedBySignal
 from megatron_edge.runtime.session import Session
+from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import BatchPlan
 from megatron_edge.train.step import StepResult, learning_rate_schedule, train_step
 
@@ -67,6 +68,7 @@ def fit(
     saved, skipped = start_step, 0
     with _stop_on_signal() as stop:
         for step in range(start_step, train.steps):
+            mark(f"step {step + 1}")
             began = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
             result = train_step(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize.apply import constant_weights
 from megatron_edge.runtime.session import Session, context_positions, gather_context
+from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import Batch, attention_mask
 
 
@@ -41,6 +42,7 @@ class DeviceBatch:
 
 
 def to_device(batch: Batch, session: Session) -> DeviceBatch:
+    mark()
     mask, plan, length = attention_mask(batch.documents.to(session.device)), session.plan, batch.tokens.shape[1]
     if plan.cp > 1:
         parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
