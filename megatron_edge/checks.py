@@ -35,6 +35,11 @@ def check_config(config: RunConfig) -> None:
     for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
         if parallel.auto and getattr(parallel, name) > 1:
             raise InputError(f"parallel.{name}={getattr(parallel, name)}: parallel=auto chooses it; allowed there is 1")
+    chosen = {"sequence": False, "distributed_optimizer": False, "recompute": "none", "stage_layers": None}
+    for name, default in chosen.items():
+        value = getattr(parallel, name)
+        if parallel.auto and value != default:
+            raise expected(f"parallel.{name}", value, f"{default} with parallel=auto, which chooses it")
     if parallel.sequence and parallel.tensor == 1:
         raise InputError("parallel.sequence=true: needs parallel.tensor of at least 2; allowed with 1 is false")
     if parallel.sequence and train.seq_length_tokens % parallel.tensor:

@@ -59,7 +59,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     auto: bool = leaf("choose the sizes for the world, the model and the memory of a rank (parallel=auto)")
-    memory_bytes: int | None = leaf("memory of a rank, for auto; null measures it")
+    memory_bytes: int | None = leaf("memory of a rank, for auto; null measures it", low=1)
     tensor: int = leaf("tensor parallel size", low=1)
     pipeline: int = leaf("pipeline stages", low=1)
     virtual_pipeline: int = leaf("model chunks per pipeline stage, run interleaved", low=1)
@@ -213,7 +213,7 @@ def build_record(cls: type, data: Any, path: str) -> Any:
         if value == "" and name != "scenario":
             raise expected(field, value, "text that is not empty")
         low, high = (fields[name].metadata.get(k) for k in ("low", "high"))
-        if (low is not None and value < low) or (high is not None and value > high):
+        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             raise expected(field, value, f"at least {low}" + (f" and at most {high}" if high is not None else ""))
     return cls(**values)
 

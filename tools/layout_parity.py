@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ LIMITS: dict[str, tuple[str, float | None]] = {
     "saved": ("checkpoint: weights and maxima that differ, saved again", 0),
     "recorded": ("data quantizers: elements that differ on recorded inputs", 0),
     "losses": ("training: largest difference of a loss, data quantizers off", 1e-5),
-    "weight": ("training: difference of weights before the last step, rms", None),
     "restored": ("training: last loss, where weights are quantised as in one process", 1e-5),
     "gradient": ("training: largest difference of a gradient, first step", None),
     "mean_loss": ("evaluation: mean loss, data quantizers on, relative", 0.01),
@@ -257,23 +256,9 @@ def judge(layouts: list[str], formats: list[str], directory: Path, import_floor:
             one, again, here = (found[which][name] for which in (REFERENCE, REORDERED, layout))
             floors = compared(one, again, again)
             values = compared(one, again, here)
-            found_rows = {
-                check: _row(layout, name, check, values[check][0], floors[check][0], values[check][1])
-                for check in sorted(values, key=list(LIMITS).index)
-            }
-            rows += excused(found_rows).values()
-    return rows
-
-
-def excused(rows: dict[str, Row]) -> dict[str, Row]:
-    """A loss beyond its limit is no failure where weights are equal to within the noise floor, some of them lie across
-    a rounding boundary, and the loss is within its limit once those are put back: nothing but rounding differs. Where
-    no loss needs an excuse, how far weights are apart is told but not judged: one sample of its floor is too few."""
-    if rows["losses"].ok:
-        return rows | {"weight": replace(rows["weight"], ok=True)}
-    if rows["restored"].detail and rows["restored"].ok and rows["weight"].ok:
-        text = "beyond the limit by rounding alone: see the two lines below"
-        return rows | {"losses": replace(rows["losses"], ok=True, detail=text)}
+            for check in sorted(values, key=list(LIMITS).index):
+                value, detail = values[check]
+                rows.append(_row(layout, name, check, value, floors[check][0], detail))
     return rows
 
 

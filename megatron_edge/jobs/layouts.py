@@ -14,7 +14,7 @@ from megatron_edge import checks, memory
 from megatron_edge.config import ParallelConfig, RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.families import dims_of
-from megatron_edge.runtime.topology import describe, make_plan
+from megatron_edge.runtime.topology import describe, plan_of
 
 USABLE = 0.9  # of a rank's memory: communication buffers and fragments take the rest
 LARGEST_DEGREE = 64
@@ -44,7 +44,7 @@ def choose(
     for parallel in _candidates(config.parallel, hf_config, world_size, local_world_size):
         candidate = replace(config, parallel=parallel)
         try:
-            plan = _plan(parallel, world_size)
+            plan = plan_of(parallel, world_size)
             checks.check_config(candidate)
             checks.check_batches(candidate, plan)
             checks.check_model_dims(candidate, dict(hf_config))
@@ -65,18 +65,6 @@ def choose(
         f"parallel=auto: none of {len(tried)} layouts of {world_size} processes fits {_gib(budget)} per rank; "
         f"{describe(plan)} comes nearest with {_gib(needed)}; allowed: more processes, or a smaller train.micro_batch "
         "or train.seq_length_tokens"
-    )
-
-
-def _plan(parallel: ParallelConfig, world_size: int) -> ParallelPlan:
-    return make_plan(
-        world_size,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-        context=parallel.context,
-        sequence=parallel.sequence,
     )
 
 

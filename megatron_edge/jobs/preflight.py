@@ -40,12 +40,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     _check_backend(config)
     source = open_source(resolve_source(config.model.source, config.model.revision))
-    if config.parallel.auto:
-        found = layouts.choose(
-            config, source.hf_config, layout.world_size, local_world_size(), rank_memory_bytes(config)
-        )
-        log.info("%s", found.reason)
-        config, layout = replace(config, parallel=found.parallel), found.plan
+    config, layout = _chosen(config, layout, source)
     _check_model(config, source)
     checks.layers_per_chunk(source.hf_config["num_hidden_layers"], layout)
     memory.refuse_if_over(memory.plan(config, source.hf_config), config.device)
@@ -68,6 +63,16 @@ def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf1
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def _chosen(config: RunConfig, layout: ParallelPlan, source: ModelSource) -> tuple[RunConfig, ParallelPlan]:
+    """parallel=auto: the layout that is chosen for the processes of `layout`; else as they are."""
+    if not config.parallel.auto:
+        return config, layout
+    size = rank_memory_bytes(config)
+    found = layouts.choose(config, source.hf_config, layout.world_size, local_world_size(), size)
+    log.info("%s", found.reason)
+    return replace(config, parallel=found.parallel), found.plan
 
 
 def _check_backend(config: RunConfig) -> None:
@@ -166,12 +171,13 @@ def plan(config: RunConfig, launch: Launch) -> None:
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     source = open_source(resolve_source(config.model.source, config.model.revision))
+    config, layout = _chosen(config, replace(launch.plan, world_size=launch.world_size), source)
     _check_model(config, source)
     hf_config = source.hf_config
     needed = memory.plan(config, hf_config)
     table = Table("where", "weights", "KV / gradients", "activations", "runtime / optimizer", "total", "budget")
     mib = 2**20
-    for stage in memory.training_plan(config, hf_config, launch.plan):
+    for stage in memory.training_plan(config, hf_config, layout):
         parts = (stage.weights_bytes, stage.gradients_bytes, stage.activations_bytes, stage.optimizer_bytes)
         table.add_row(
             f"training, stage {stage.stage}", *(f"{part / mib:,.0f}" for part in (*parts, stage.total_bytes)), ""

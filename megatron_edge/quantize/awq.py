@@ -80,9 +80,11 @@ def search_and_fold(
         layer = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
         seen = {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
         group_sizes = {name: _group_size(prefix + name, plan) for name in layer}
-        sites = _expert_sites if "mlp.router" in layer else _mlp_sites
+        sites = list(_dense_sites(layer, group_sizes, seen))
+        if "mlp.router" in layer:
+            sites += _expert_sites(layer, group_sizes, seen)
         scales = {}
-        for name, site in (*_attention_sites(layer, group_sizes, seen), *sites(layer, group_sizes, seen)):
+        for name, site in sites:
             scales[name], choices[prefix + name] = _search(site)
         for name, scale in scales.items():
             _fold(layer, name, scale)
@@ -129,27 +131,16 @@ _Layer = dict[str, nn.Module]
 _Sites = Iterator[tuple[str, _Site]]
 
 
-def _attention_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
-    yield from _dense_sites(("self_attention.linear_qkv",), layer, group_sizes, seen)
-
-
-def _mlp_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
-    yield from _dense_sites(("mlp.linear_fc1", "mlp.linear_fc2"), layer, group_sizes, seen)
-
-
-def _dense_sites(
-    names: tuple[str, ...], layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]
-) -> _Sites:
-    for name in names:
-        if group_sizes[name]:
+def _dense_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"):
+        if group_sizes.get(name):
             stats, weight = seen.pop(name), layer[name].weight
             row_parallel = name.endswith("linear_fc2")
             x = torch.cat(stats.kept)
-            yield name, _Site((weight,), (x,), stats.total / stats.count, group_sizes[name], row_parallel, _tensor())
-
-
-def _tensor() -> tuple[Any, ...]:
-    return (tensor_group(),)
+            yield (
+                name,
+                _Site((weight,), (x,), stats.total / stats.count, group_sizes[name], row_parallel, (tensor_group(),)),
+            )
 
 
 def _expert_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:

@@ -34,7 +34,7 @@ from megatron_edge.contracts import (
     WriteFailed,
 )
 from megatron_edge.runtime.rendezvous import Meeting
-from megatron_edge.runtime.topology import make_plan
+from megatron_edge.runtime.topology import plan_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -117,7 +117,7 @@ def launch(
             return _compose(arguments, processes, prepare, reads_run, trains, any_world, begun)
 
         config = configuration.from_yaml(meeting.share(composed))
-        plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
+        plan = plan_of(config.parallel, _layout_ranks(config) if any_world else processes.world_size)
         threads = _set_threads(config.threads, processes)
         log.setup(processes.rank, processes.world_size).info(
             "run_dir %s  %d CPU thread(s) in each of %d process(es)",
@@ -161,7 +161,9 @@ def _compose(
     if begun and config.resume == "never":
         config = replace(config, resume="auto")  # what it forbids was cleared then; what is there now is this job's
     checks.check_config(config)
-    plan = _plan(config, _layout_ranks(config) if any_world else processes.world_size)
+    if config.parallel.auto and not (trains or any_world):
+        raise InputError("parallel=auto: chooses a layout for training; allowed here are the degrees themselves")
+    plan = plan_of(config.parallel, _layout_ranks(config) if any_world else processes.world_size)
     if trains:
         if not config.parallel.auto:  # else `prepare` chooses the layout
             checks.check_batches(config, plan)
@@ -170,21 +172,6 @@ def _compose(
         log.setup(processes.rank, processes.world_size)
         config = prepare(config, plan)
     return configuration.to_yaml(config)
-
-
-def _plan(config: RunConfig, world_size: int) -> ParallelPlan:
-    parallel = config.parallel
-    return make_plan(
-        world_size,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-        context=parallel.context,
-        sequence=parallel.sequence,
-        stage_layers=parallel.stage_layers,
-    )
 
 
 def _layout_ranks(config: RunConfig) -> int:

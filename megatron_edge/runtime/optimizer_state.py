@@ -21,13 +21,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Slot:
-    """What one rank's optimizer keeps for a parameter: `main`, which it updates, is elements [begin, end) of it."""
+    """What one rank's optimizer keeps for a parameter: `main`, which it updates, is elements [begin, end) of it: the
+    parameter's own memory in fp32, else an fp32 copy."""
 
     inner: Any
     main: Tensor
     begin: int
     end: int
-    group: Any  # process group whose ranks hold the rest, None where this is all
 
 
 def _inner_optimizers(optimizer: Any) -> list[Any]:
@@ -43,10 +43,10 @@ def _slots(optimizer: Any) -> dict[nn.Parameter, _Slot]:
             for param, (group, order) in inner.model_param_group_index_map.items():
                 part = inner._get_model_param_range_map(param)["param"]
                 main = inner.optimizer.param_groups[group]["params"][order]
-                slots[param] = _Slot(inner, main, part.start, part.end, inner.data_parallel_group)
+                slots[param] = _Slot(inner, main, part.start, part.end)
             continue
         for param, main in _pairs(inner):
-            slots[param] = _Slot(inner, main, 0, param.numel(), None)
+            slots[param] = _Slot(inner, main, 0, param.numel())
     return slots
 
 
@@ -62,13 +62,9 @@ def _pairs(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
         yield from ((param, param) for param in group)
 
 
-def _has_main_copies(params: list[nn.Parameter]) -> bool:
-    return any(param.dtype is not torch.float32 for param in params)
-
-
 def kinds_of(params: list[nn.Parameter]) -> tuple[str, ...]:
     """What is kept for each parameter; "main" is its fp32 value where the model computes with another."""
-    return (*MOMENTS, "main") if _has_main_copies(params) else MOMENTS
+    return (*MOMENTS, "main") if any(param.dtype is not torch.float32 for param in params) else MOMENTS
 
 
 def _groups_of(optimizer: Any, params: list[nn.Parameter]) -> dict[nn.Parameter, Any]:
@@ -119,8 +115,6 @@ def set_state(optimizer: Any, loaded: dict[nn.Parameter, dict[str, Tensor]], ste
             state[kind] = parts[kind].view(slot.main.shape).clone()
         if "main" in parts:
             slot.main.copy_(parts["main"].view(slot.main.shape))
-        elif slot.main.data_ptr() != param.data_ptr() and slot.group is not None:
-            slot.main.copy_(param.detach().reshape(-1)[slot.begin : slot.end].view(slot.main.shape))
     for inner in _inner_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
             if _counts_by_parameter(inner):

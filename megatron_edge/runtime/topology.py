@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_edge.config import ParallelConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 
 
@@ -52,6 +53,21 @@ def make_plan(
         world_size=world_size,
         sequence_parallel=sequence and tensor > 1,
         stage_layers=tuple(stage_layers or ()),
+    )
+
+
+def plan_of(parallel: ParallelConfig, world_size: int) -> ParallelPlan:
+    """The plan of a configuration; raises as `make_plan`."""
+    return make_plan(
+        world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        context=parallel.context,
+        sequence=parallel.sequence,
+        stage_layers=parallel.stage_layers,
     )
 
 

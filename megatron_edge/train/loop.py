@@ -76,9 +76,9 @@ def fit(
             )
             schedule.step(1)
             skipped = 0 if result.applied else skipped + 1
+            report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))
             if skipped:
                 _tell_skipped(step, result, batches, skipped, train.max_skipped_steps)
-            report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))
             done = step + 1
             stopping = session.agree_any(stop.requested)
             every = train.checkpoint_every_steps

@@ -8,20 +8,16 @@ from typing import Any
 import pytest
 
 from megatron_edge import memory
+from megatron_edge.checks import check_config
 from megatron_edge.compose import compose
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError
 from megatron_edge.jobs.layouts import USABLE, choose
 from megatron_edge.model.hf_config import checked_config
+from tools import layout_speed
 
-DENSE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-    "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
-EXPERTS: dict[str, Any] = DENSE | {
-    "architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
+DENSE = layout_speed.DENSE | {"vocab_size": 128256}
+EXPERTS = DENSE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 def configured(*arguments: str) -> RunConfig:
@@ -71,3 +67,17 @@ def test_what_cannot_be_is_refused_with_the_nearest() -> None:
         choose(configured(), sizes(DENSE), 2, 2, 2**30)
     with pytest.raises(InputError, match=r"no layout of 7 processes .*train.global_batch=32"):
         choose(configured(), sizes(DENSE | {"num_hidden_layers": 4}), 7, 7, 80 * 2**30)
+
+
+@pytest.mark.parametrize(
+    "argument", ["tensor=2", "sequence=true", "recompute=full", "distributed_optimizer=true", "stage_layers=[8,8]"]
+)
+def test_what_auto_chooses_is_not_given_as_well(argument: str) -> None:
+    name = argument.split("=")[0]
+    with pytest.raises(InputError, match=rf"parallel\.{name}=.*parallel=auto"):
+        check_config(configured(f"parallel.{argument}"))
+
+
+def test_memory_is_a_number_of_bytes() -> None:
+    with pytest.raises(InputError, match=r"parallel\.memory_bytes=0: allowed is at least 1"):
+        configured("parallel.memory_bytes=0")
