@@ -123,6 +123,7 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
             f"kv.format=int8: blocks of 32 do not divide the model's head_dim={hf_config['head_dim']}; allowed: kv=none"
         )
     _check_groups(config, hf_config)
+    _check_tables(config, hf_config)
 
 
 def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:
@@ -186,6 +187,18 @@ def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
             )
 
 
+def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """A table must be one that the model has, and the device must read its blocks."""
+    from megatron_edge.artifact.tables import tables_of  # imports torch
+
+    for table in tables_of(config.quant, hf_config):
+        if table.format != "bf16" and config.device.runtime == "llama.cpp" and table.shape[1] % 32:
+            raise InputError(
+                f"quant.embedding={config.quant.embedding}, quant.head={config.quant.head}: llama.cpp packs 32 values, "
+                f"which do not divide the {table.shape[1]} of a row of {table.name}; allowed: bf16"
+            )
+
+
 def _check_recipe(config: RunConfig) -> None:
     quant, targets = config.quant, config.export.targets
     for field, value, allowed in (
@@ -227,6 +240,10 @@ def _check_device(config: RunConfig) -> None:
             f"quant={quant.name} (weight={quant.weight}, activation={quant.activation}, group_size={quant.group_size})"
             f": {on} does not run it; allowed: {', '.join(able)}; the nearest is quant={near}"
         )
+    for leaf in ("embedding", "head"):
+        if getattr(quant, leaf) not in device.embedding_formats:
+            words = f"{' or '.join(device.embedding_formats)}: {on} runs no other"
+            raise expected(f"quant.{leaf}", getattr(quant, leaf), words)
     if config.kv.format not in device.kv_formats:
         kv_able = [name for name, preset in presets("kv").items() if preset["format"] in device.kv_formats]
         near = min(kv_able, key=lambda name: (name == "none", name), default=None)

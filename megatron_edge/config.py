@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Target = Literal["modelopt", "compressed_tensors", "hf"]
 
+EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
+
 # Weight formats that each export target carries; hf decodes them. Each target says itself what else it drops.
 TARGETS: dict[Target, tuple[str, ...]] = {
     "modelopt": ("fp8", "nvfp4"),
@@ -85,6 +87,8 @@ class QuantConfig:
     calib_size: int = leaf("calibration sequences", low=1)
     awq_tokens: int = leaf("tokens per layer that the AWQ search compares outputs on", low=1)
     exclude: list[str] = leaf("patterns (fnmatch, over Megatron module names) that stay unquantised")
+    embedding: EmbeddingFormat = leaf("format of the embedding table")
+    head: EmbeddingFormat = leaf("format of the output layer; null is the embedding's", derived=True)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,9 @@ def build_record(cls: type, data: Any, path: str) -> Any:
 
 def with_derived(config: RunConfig) -> RunConfig:
     """The leaves that conf/ leaves null because they follow from others, filled in."""
-    train, export = config.train, config.export
+    train, export, quant = config.train, config.export, config.quant
+    if quant.head is None:
+        quant = replace(quant, head=quant.embedding)
     if train.warmup_steps is None:
         train = replace(train, warmup_steps=train.steps // 10)
     if train.min_learning_rate is None:
@@ -230,7 +236,7 @@ def with_derived(config: RunConfig) -> RunConfig:
         export = replace(
             export, targets=[t for t, able in TARGETS.items() if config.quant.weight in able and (t != "hf") == packed]
         )
-    config = replace(config, train=train, export=export)
+    config = replace(config, train=train, export=export, quant=quant)
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{config.scenario or 'run'}-{config_hash(config)}")
     return config

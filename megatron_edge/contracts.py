@@ -114,7 +114,8 @@ class QuantRule:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """What is quantised, how. Formats are names from `artifact.formats`; "none" leaves a tensor alone."""
+    """What is quantised, how. Formats are names from `artifact.formats`; "none" leaves a tensor alone, and "bf16" the
+    embedding or the output layer (`head`)."""
 
     weight: str
     activation: str
@@ -123,7 +124,8 @@ class QuantPlan:
     algorithm: str
     rules: tuple[QuantRule, ...] = ()
     excluded: tuple[str, ...] = ()
-    embedding: str = "none"
+    embedding: str = "bf16"
+    head: str = "bf16"
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """One quantised linear layer of the artifact: which stored tensors make it up.
+    """One quantised linear layer of the artifact, or a table: which stored tensors make it up.
 
     `tensors` maps a role (codes, scale, global_scale, input_scale) to a tensor name.
     `shape` is (out_features, in_features) of the dequantised weight.
@@ -192,6 +194,16 @@ class Manifest:
     versions: dict[str, str]
     draft: dict[str, Any] | None = None
 
+    @property
+    def tables(self) -> dict[str, LinearEntry]:
+        """The quantised embedding and output layer: tables of one row per word, among `linears`."""
+        return {name: entry for name, entry in self.linears.items() if ".layers." not in name}
+
+    @property
+    def layer_linears(self) -> dict[str, LinearEntry]:
+        """The quantised linears of decoder layers: `linears` without `tables`."""
+        return {name: entry for name, entry in self.linears.items() if ".layers." in name}
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -219,7 +231,8 @@ class Manifest:
 class DeviceProfile:
     """A device and the runtime that is to run the artifact on it.
 
-    `weight_formats`, `activation_formats`, `kv_formats` list what `runtime` really runs on this device;
+    `weight_formats`, `activation_formats`, `kv_formats` and `embedding_formats` (also of the output layer) list what
+    `runtime` really runs on this device;
     `reserved_bytes` is what the operating system keeps, `overhead_bytes` what the runtime takes for itself.
     """
 
@@ -233,6 +246,7 @@ class DeviceProfile:
     weight_formats: tuple[str, ...]
     activation_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
+    embedding_formats: tuple[str, ...]
     group_sizes: tuple[int, ...]
     source: str
 

@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from megatron_edge.artifact.formats import effective_group_size, storage_bytes
+from megatron_edge.artifact.tables import Table, tables_of
 from megatron_edge.checks import layers_per_chunk
 from megatron_edge.config import QuantConfig, RunConfig
 from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
@@ -101,10 +102,19 @@ def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> 
     return storage_bytes(quant.weight, linear.shape, group) + input_scale
 
 
+def table_bytes(table: Table, dtype: str) -> int:
+    """Bytes of an embedding or an output layer in the artifact, its scales included; `dtype` where it is left alone."""
+    if table.format == "bf16":
+        return storage_bytes(dtype, table.shape)
+    return storage_bytes(table.format, table.shape, table.group_size)
+
+
 def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
-    """Bytes of all tensors of the canonical artifact: linears in their format, the rest in the training dtype."""
+    """Bytes of all tensors of the canonical artifact: linears and tables in their format, the rest in the training
+    dtype."""
     dtype, count = config.train.precision, count_parameters(hf_config)
-    total = (count.embedding + count.others + count.head) * DTYPE_BYTES[dtype]
+    total = count.others * DTYPE_BYTES[dtype]
+    total += sum(table_bytes(table, dtype) for table in tables_of(config.quant, hf_config))
     for layer in range(hf_config["num_hidden_layers"]):
         total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
         total += 8 if config.kv.format == "fp8" else 0  # k_scale and v_scale

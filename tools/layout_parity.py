@@ -95,7 +95,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default=DEFAULT_SOURCE, help="directory, *.gguf, or random:NAME")
     parser.add_argument(
-        "--quant", nargs="*", default=list(FORMATS), help="quant or quant+kv, as in int4_awq+int8; none: import alone"
+        "--quant",
+        nargs="*",
+        default=list(FORMATS),
+        help="quant, quant+kv or quant+kv+embedding, as in int4+int8+int4; none: import alone",
     )
     parser.add_argument("--layouts", nargs="+", default=["PP2", "TP3", "DP2"])
     parser.add_argument("--steps", type=int, default=5, help="training steps whose losses are compared")
@@ -161,15 +164,17 @@ def layout_plan(name: str) -> ParallelPlan:
 
 
 def compose(job_arguments: list[str], name: str) -> Any:
-    """The configuration of a format, `quant` or `quant+kv`: fp32, few tokens."""
+    """The configuration of a format, `quant`, `quant+kv` or `quant+kv+embedding`: fp32, few tokens."""
     from megatron_edge.compose import compose as composed
 
-    quant, _, kv = name.partition("+")
+    parts = name.split("+")
+    quant, kv, embedding = parts + ["none", "bf16"][len(parts) - 1 :]
     own = {
         "train.precision": "fp32", "train.micro_batch": 1, "train.global_batch": GLOBAL_BATCH,
         "train.seq_length_tokens": SEQ_LENGTH_TOKENS, "quant.calib_size": CALIBRATION_WINDOWS, "quant.awq_tokens": 256,
     }  # fmt: skip
-    arguments = [f"quant={quant}", f"kv={kv or 'none'}", *(f"{key}={value}" for key, value in own.items())]
+    own |= {"quant": quant, "kv": kv, "quant.embedding": embedding}
+    arguments = [f"{key}={value}" for key, value in own.items()]
     kept = [a for a in job_arguments if not (a.startswith("quant.group_size=") and not quant.startswith("int4"))]
     return composed(arguments + kept)
 

@@ -238,10 +238,14 @@ def _first_indices(chunk: Any) -> tuple[int, int]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of all chunks by their name in the whole model: global layer and expert indices."""
+    """Modules of all chunks by their name in the whole model: global layer and expert indices; an output layer that
+    holds a copy of a tied embedding under the embedding's own name."""
     for chunk in chunks_of(model):
         first = _first_indices(chunk)
+        is_copy = chunk.share_embeddings_and_output_weights and not chunk.pre_process
         for name, module in chunk.named_modules():
+            if is_copy and name.split(".")[0] == "output_layer":
+                name = name.replace("output_layer", "embedding.word_embeddings", 1)
             yield _global_name(name, *first), module
 
 

@@ -96,6 +96,13 @@ def experts_class() -> type[nn.Module]:
     return OutputWeightedExperts
 
 
+def vocab_embedding_class() -> type[nn.Module]:
+    """Megatron's embedding, whose rows tensor parallelism splits."""
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+    return VocabParallelEmbedding
+
+
 class PackedAttention(nn.Module):
     """Core attention on torch's fused kernel, confined to documents by the mask that the data gives.
 

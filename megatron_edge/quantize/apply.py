@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
 from megatron_edge.model.build import chunks_of, named_modules
-from megatron_edge.model.layers import PackedAttention
+from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime import compat
 from megatron_edge.runtime.session import compute_device, data_group, expert_groups, tensor_group
@@ -82,8 +82,8 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _register() -> None:
-    """modelopt knows Megatron's linear layers; it has to be told of our attention and of our numerics."""
-    from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+    """modelopt knows Megatron's linear layers; it has to be told of its embedding, our attention and our numerics."""
+    from modelopt.torch.quantization.nn import QuantEmbedding, QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
@@ -105,7 +105,15 @@ def _register() -> None:
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return super().forward(query, self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs)
 
+    class QuantVocabParallelEmbedding(QuantEmbedding):
+        """This rank's rows of the table, quantised where they are looked up."""
+
+        def _setup(self) -> None:
+            super()._setup()
+            self.parallel_state = ParallelState(data_group(), tensor_group())
+
     QuantModuleRegistry.register({PackedAttention: "edge_PackedAttention"})(QuantPackedAttention)
+    QuantModuleRegistry.register({vocab_embedding_class(): "edge_VocabParallelEmbedding"})(QuantVocabParallelEmbedding)
 
 
 def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
@@ -134,7 +142,15 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
         if len(entries) > 1:
             with contextlib.redirect_stdout(None):  # modelopt prints a count per rank; the report has better ones
                 mtq.quantize(chunk, {"quant_cfg": entries, "algorithm": None})
+            _share_table_quantizer(chunk)
     return matches
+
+
+def _share_table_quantizer(chunk: Any) -> None:
+    """Megatron hands a tied table of its own stage to the output layer as an argument, which the output layer's
+    quantizer quantises: let that be the embedding's, so that a table has one maximum and is quantised once."""
+    if chunk.share_embeddings_and_output_weights and chunk.pre_process and chunk.post_process:
+        chunk.output_layer.weight_quantizer = chunk.embedding.word_embeddings.weight_quantizer
 
 
 def _kv_entries(name: str, kv: str) -> list[dict[str, Any]]:

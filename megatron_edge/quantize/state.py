@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_edge.contracts import QuantPlan
-from megatron_edge.model.build import named_shards
+from megatron_edge.model.build import is_copy_of_embedding, named_shards
 from megatron_edge.quantize.apply import enabled_quantizers, set_amax
 from megatron_edge.quantize.policy import rule_for
 
@@ -32,26 +32,26 @@ def block_shape(weight: Tensor, group_size: int) -> tuple[int, int]:
 
 class AmaxShard(NamedTuple):
     """This rank's part of a maximum: `axis` is the dimension that tensor parallelism splits (an expert's own, where
-    `is_expert`), None where replicated."""
+    `is_expert`), None where replicated. `is_copy`: of a tied embedding, on the stage of the output layer."""
 
     data: Tensor
     axis: int | None
     is_expert: bool
+    is_copy: bool
 
 
 def quantizer_shards(model: nn.Module, plan: QuantPlan) -> dict[str, AmaxShard]:
     """Every calibrated maximum of this shard by its key in a checkpoint."""
     shards = {}
     for name, quantizer, block in _calibrated(model, plan):
-        keys, is_expert = amax_keys(name, block is not None), ".local_experts." in name
+        keys = amax_keys(name, block is not None)
+        where = (".local_experts." in name, is_copy_of_embedding(name, model))
         if block is None:
-            shards[keys[0]] = AmaxShard(quantizer._amax.reshape(1), None, is_expert)
+            shards[keys[0]] = AmaxShard(quantizer._amax.reshape(1), None, *where)
             continue
         axis = 1 if name.split(".")[-2] in _ROW_PARALLEL else 0
         parts = quantizer._amax.reshape(block).chunk(len(keys))
-        shards.update(
-            (key, AmaxShard(part.contiguous(), axis, is_expert)) for key, part in zip(keys, parts, strict=True)
-        )
+        shards.update((key, AmaxShard(part.contiguous(), axis, *where)) for key, part in zip(keys, parts, strict=True))
     return shards
 
 

@@ -18,7 +18,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import save_tensors
 from megatron_edge.contracts import QuantPlan
 from megatron_edge.families import dims_of, find_rule, pieces, rules_of
-from megatron_edge.model.build import is_copy_of_embedding, named_shards, tensor_shard
+from megatron_edge.model.build import named_shards, tensor_shard
 from megatron_edge.quantize.apply import enabled_quantizers
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime.session import Session
@@ -38,8 +38,8 @@ def sha256(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def round_unquantised(model: nn.Module) -> None:
-    """Rounds what no weight quantizer covers (embeddings, norms) to bf16, in place: the artifact stores it so, and the
-    model that is measured shall be the one that is shipped. A model trained in bf16 does not change."""
+    """Rounds what no weight quantizer covers (norms, often embeddings) to bf16, in place: the artifact stores it so,
+    and the model that is measured shall be the one that is shipped. A model trained in bf16 does not change."""
     quantizers = enabled_quantizers(model)
     for name, param in named_shards(model).items():
         if name.removesuffix(".weight") + ".weight_quantizer" not in quantizers:
@@ -121,7 +121,8 @@ def _write(
 
 @torch.no_grad()
 def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: Session) -> list[dict[str, Any]]:
-    """One entry for each part of a Hugging Face tensor that this shard holds; replicated ones once per model."""
+    """One entry for each part of a Hugging Face tensor that this shard holds; replicated ones once per model, a tied
+    embedding once per stage that holds it."""
     rules, dims = rules_of(hf_config), dims_of(hf_config)
     quantizers = enabled_quantizers(model)
     entries = []
@@ -130,7 +131,7 @@ def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: 
         assert rule is not None
         speaks = session.edp_rank == 0 if rule.is_expert else session.holds_first_copy
         tp_rank, tp = tensor_shard(rule, session)
-        if not speaks or is_copy_of_embedding(name, model) or (rule.split_axis is None and tp_rank > 0):
+        if not speaks or (rule.split_axis is None and tp_rank > 0):
             continue
         quantizer = quantizers.get(name.removesuffix(".weight") + ".weight_quantizer")
         used = param.detach() if quantizer is None else quantizer(param.detach())

@@ -95,7 +95,8 @@ def _weights(reader: ArtifactReader) -> set[str]:
 
 def _shipped_name(reader: ArtifactReader, name: str) -> str:
     """A tied output layer is stored once, as the embedding."""
-    if name == "lm_head.weight" and name not in reader.manifest.tensors:
+    manifest = reader.manifest
+    if name == "lm_head.weight" and name not in manifest.tensors and "lm_head" not in manifest.linears:
         return "model.embed_tokens.weight"
     return name
 

@@ -34,6 +34,7 @@ DEVICE = DeviceProfile(
     weight_formats=("int4", "fp8", "nvfp4"),
     activation_formats=("fp8", "nvfp4"),
     kv_formats=("fp8", "int8"),
+    embedding_formats=("bf16", "int4"),
     group_sizes=(64, 128),
     source="made on the spot",
 )

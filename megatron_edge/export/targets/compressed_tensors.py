@@ -20,6 +20,7 @@ from megatron_edge.export.targets.folder import (
     TargetContent,
     TargetReport,
     base_config,
+    decoded_tables,
     describe_linears,
     kv_format,
     kv_scales,
@@ -27,6 +28,7 @@ from megatron_edge.export.targets.folder import (
     plain_linears,
     recipe,
     role_tensor,
+    tables_dropped,
     unquantised,
     write_target,
 )
@@ -52,7 +54,8 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
             f"export.targets: compressed_tensors cannot carry weight={weight} activation={activation}; "
             f"allowed: {allowed} (use the target hf for unquantised weights)"
         )
-    kv, carried, dropped = kv_format(manifest), [f"{describe_linears(manifest)} as {FORMATS[weight, activation]}"], []
+    kv, dropped = kv_format(manifest), tables_dropped(manifest)
+    carried = [f"{describe_linears(manifest)} as {FORMATS[weight, activation]}"]
     if kv == "fp8":
         carried.append("fp8 KV scales as self_attn.k_scale and self_attn.v_scale")
     elif kv != "none":
@@ -65,7 +68,8 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
 
 def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
     yield from unquantised(reader)
-    for name, linear in reader.manifest.linears.items():
+    yield from decoded_tables(reader)
+    for name, linear in reader.manifest.layer_linears.items():
         codes, scale = role_tensor(reader, linear, "codes"), role_tensor(reader, linear, "scale")
         if linear.format == "int4":
             yield f"{name}.weight_packed", _as_int32(codes)
@@ -123,7 +127,7 @@ def _groups(manifest: Manifest) -> list[tuple[list[str], LinearEntry]]:
     """
     by_size: dict[int, LinearEntry] = {}
     kinds: dict[int, set[str]] = {}
-    for name, linear in manifest.linears.items():
+    for name, linear in manifest.layer_linears.items():
         by_size.setdefault(linear.group_size, linear)
         kinds.setdefault(linear.group_size, set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", name))
     if len(by_size) == 1:

@@ -20,6 +20,7 @@ from megatron_edge.export.targets.folder import (
     TargetContent,
     TargetReport,
     base_config,
+    decoded_tables,
     describe_linears,
     kv_format,
     kv_scales,
@@ -27,6 +28,7 @@ from megatron_edge.export.targets.folder import (
     plain_linears,
     recipe,
     role_tensor,
+    tables_dropped,
     unquantised,
     write_target,
 )
@@ -47,7 +49,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
             "(use the target compressed_tensors for int4, hf for unquantised weights)"
         )
     algorithm, kv = ALGORITHMS[weight, activation], kv_format(manifest)
-    carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], []
+    carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], tables_dropped(manifest)
     if kv == "fp8":
         carried.append("fp8 KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
     elif kv != "none":
@@ -68,7 +70,8 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
 
 def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
     yield from unquantised(reader)
-    for name, linear in reader.manifest.linears.items():
+    yield from decoded_tables(reader)
+    for name, linear in reader.manifest.layer_linears.items():
         yield f"{name}.weight", role_tensor(reader, linear, "codes")
         yield f"{name}.weight_scale", role_tensor(reader, linear, "scale")
         if linear.format == "nvfp4":

@@ -1,0 +1,135 @@
+"""Quantised embeddings and output layers: what they compute and learn, which there are, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_config import SMOLLM2
+from tiny_megatron import hf_config_of, megatron_twin, one_process, random_batches, random_llama
+from torch import Tensor, nn
+
+from megatron_edge import memory
+from megatron_edge.artifact import formats
+from megatron_edge.artifact.tables import tables_of
+from megatron_edge.checks import check_config, check_model_dims
+from megatron_edge.compose import compose
+from megatron_edge.contracts import InputError, QuantPlan
+from megatron_edge.model.build import named_shards
+from megatron_edge.quantize import apply
+from megatron_edge.quantize.policy import make_plan
+from megatron_edge.train import step
+
+FORMATS = ("fp8", "int4")
+TRAIN = compose(["train.learning_rate=0.01", "train.steps=2"]).train
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Any]:
+    with one_process() as opened:
+        yield opened
+
+
+def quantised(llama: Any, session: Any, *arguments: str) -> tuple[nn.ModuleList, QuantPlan]:
+    """The twin of `llama` with calibrated tables and nothing else quantised."""
+    config = compose(["quant=none", "kv=none", *arguments])
+    plan = make_plan(config.quant, config.kv, hf_config_of(llama))
+    model = megatron_twin(llama, session)
+    apply.calibrate(model, plan, apply.insert_quantizers(model, plan), lambda _: None)
+    return model, plan  # type: ignore[return-value]
+
+
+def stored_values(plan: QuantPlan, module: str, weight: Tensor) -> Tensor:
+    """What the artifact would give back: encoded and decoded, with maxima taken here."""
+    rule = next(rule for rule in plan.rules if rule.pattern == module)
+    amax = formats.snap_amax(rule.weight, formats.weight_amax(rule.weight, weight, rule.group_size))
+    return formats.decode(formats.encode(rule.weight, weight, amax, rule.group_size), weight.dtype)
+
+
+def losses_and_gradients(model: nn.ModuleList, session: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
+    nll = step.token_losses(model, random_batches(), session)
+    wrapped, optimizer = step.make_trainable(model, TRAIN, torch.float32)
+    step.learning_rate_schedule(optimizer, TRAIN).step(1)
+    step.train_step(wrapped, optimizer, random_batches(), session)
+    return nll, {name: param.main_grad.clone() for name, param in named_shards(wrapped).items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_table_computes_with_its_stored_values_and_learns_straight_through(
+    session: Any, fmt: str, tied: bool
+) -> None:
+    """Losses and gradients bit for bit those of a plain model that holds the decoded values."""
+    llama = random_llama(tie_word_embeddings=tied)
+    model, plan = quantised(llama, session, f"quant.embedding={fmt}")
+    expected = ["embedding.word_embeddings"] + ([] if tied else ["output_layer"])
+    assert [rule.pattern for rule in plan.rules] == expected
+    assert sorted(apply.enabled_quantizers(model)) == sorted(f"{name}.weight_quantizer" for name in expected)
+    plain = megatron_twin(llama, session)
+    for name in expected:
+        weight = named_shards(plain)[f"{name}.weight"].data
+        values = stored_values(plan, name, weight)
+        assert not torch.equal(values, weight)
+        weight.copy_(values)
+    nll, gradients = losses_and_gradients(model, session)
+    plain_nll, plain_gradients = losses_and_gradients(plain, session)  # type: ignore[arg-type]
+    assert nll is not None and plain_nll is not None and torch.equal(nll, plain_nll)
+    assert all(torch.equal(gradients[name], plain_gradients[name]) for name in plain_gradients)
+
+
+def test_embedding_and_output_layer_have_formats_of_their_own(session: Any) -> None:
+    model, plan = quantised(random_llama(tie_word_embeddings=False), session, "quant.head=fp8")
+    assert list(apply.enabled_quantizers(model)) == ["output_layer.weight_quantizer"]
+    assert (plan.embedding, plan.head) == ("bf16", "fp8")
+
+
+def test_a_tied_table_is_quantised_once_a_step(session: Any) -> None:
+    """Lookup and output layer share one quantizer, and inside of a step its one result."""
+    model, _ = quantised(random_llama(), session, "quant.embedding=int4")
+    chunk: Any = model[0]
+    quantizer = chunk.embedding.word_embeddings.weight_quantizer
+    assert chunk.output_layer.weight_quantizer is quantizer
+    with apply.constant_weights(model):
+        step.run_forward(model, random_batches(1), session)
+        kept = quantizer._kept
+        step.run_forward(model, random_batches(1), session)
+        assert quantizer._kept is kept is not None
+
+
+def test_the_tables_of_a_model() -> None:
+    """576 values a row: groups of 64, as of a linear layer; int8 has a scale a row, fp8 one for all."""
+    quant = compose(["quant=nvfp4_w4a16", "quant.embedding=int4"]).quant
+    (table,) = tables_of(quant, SMOLLM2)
+    assert (table.name, table.shape, table.format) == ("model.embed_tokens", (49152, 576), "int4")
+    assert table.group_size == formats.effective_group_size(576, 128) == 64
+    untied = {**SMOLLM2, "tie_word_embeddings": False}
+    assert [(t.name, t.format, t.group_size) for t in tables_of(quant, untied)] == [
+        ("model.embed_tokens", "int4", 64),
+        ("lm_head", "int4", 64),
+    ]
+    left = compose(["quant.embedding=fp8", "quant.exclude=[output_*]"]).quant
+    assert [table.format for table in tables_of(left, untied)] == ["fp8", "bf16"]
+
+
+def test_an_impossible_table_is_refused() -> None:
+    with pytest.raises(InputError, match=r"quant.head=int4: .* is its embedding; allowed: bf16"):
+        tables_of(compose(["quant.head=int4"]).quant, SMOLLM2)
+    odd = {**SMOLLM2, "hidden_size": 72}
+    with pytest.raises(InputError, match=r"quant.embedding=int4: no group of 128 .*hidden_size=72"):
+        tables_of(compose(["quant.embedding=int4"]).quant, odd)
+    on_board = compose(["+scenario=gateway", "quant=none", "quant.embedding=int8", "kv=none"])
+    with pytest.raises(InputError, match=r"quant.embedding=int8.*llama.cpp packs 32 values"):
+        check_model_dims(on_board, odd)
+    with pytest.raises(InputError, match=r"quant.embedding='int8': allowed is bf16: device=jetson_thor .* no other"):
+        check_config(compose(["+scenario=gateway_thor", "quant.embedding=int8"]))
+
+
+@pytest.mark.parametrize(("fmt", "per_row"), [("bf16", 1152), ("int4", 288 + 18), ("fp8", 576)])
+def test_bytes_of_a_table(fmt: str, per_row: int) -> None:
+    """SmolLM2's: codes, and int4's fp16 scale per 64 of them."""
+    run = compose(["quant=int4", f"quant.embedding={fmt}", "train.precision=bf16"])
+    plain = compose(["quant=int4", "train.precision=bf16"])
+    saved = memory.weights_bytes(plain, SMOLLM2) - memory.weights_bytes(run, SMOLLM2)
+    assert saved == 49152 * (1152 - per_row) - (4 if fmt == "fp8" else 0)
