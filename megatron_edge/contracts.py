@@ -152,7 +152,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor. `format` is the meaning of its bytes: bf16 | fp32 | fp16 | int4 | nvfp4 | fp8 | scale."""
+    """One stored tensor. `format` says what its bytes mean: bf16 | fp32 | fp16 | int4 | int8 | nvfp4 | fp8 | scale."""
 
     shape: tuple[int, ...]
     dtype: str

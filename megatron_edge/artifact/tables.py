@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-from megatron_edge.artifact.formats import SMALLEST_GROUP, effective_group_size
+from megatron_edge.artifact.formats import effective_group_size
 from megatron_edge.contracts import InputError
 from megatron_edge.families import dims_of, rules_of
 
@@ -60,6 +60,6 @@ def _group_size(leaf: str, size: int) -> int:
         return effective_group_size(size, GROUP_SIZE)
     except InputError:
         raise InputError(
-            f"quant.{leaf}=int4: no group of {GROUP_SIZE} or a half of it down to {SMALLEST_GROUP} divides the model's "
-            f"hidden_size={size}; allowed: bf16, int8, fp8"
+            f"quant.{leaf}=int4: no group of {GROUP_SIZE} or a half of it divides the model's hidden_size={size}; "
+            "allowed: bf16, int8, fp8"
         ) from None
