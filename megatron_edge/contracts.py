@@ -124,6 +124,9 @@ class QuantPlan:
     rules: tuple[QuantRule, ...] = ()
     excluded: tuple[str, ...] = ()
     embedding: str = "none"
+    smoothquant_alpha: float = 0.5
+    calibration: str = "max"
+    percentile: float = 99.9
 
 
 @dataclass(frozen=True)
