@@ -126,6 +126,9 @@ class QuantPlan:
     excluded: tuple[str, ...] = ()
     embedding: str = "bf16"
     head: str = "bf16"
+    smoothquant_alpha: float = 0.5
+    calibration: str = "max"
+    percentile: float = 99.9
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def in_features(hf_config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
-    """`quant` has weight, activation, group_size, algorithm, exclude, embedding and head; `kv` has format (config.py).
+    """`quant` is a QuantConfig, `kv` a KvConfig (config.py).
 
     Raises:
         InputError: a weight format whose group divides no linear layer's input, or a table that cannot be so.
@@ -50,6 +50,9 @@ def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
         excluded=tuple(quant.exclude),
         embedding=quant.embedding,
         head=quant.head,
+        smoothquant_alpha=quant.smoothquant_alpha,
+        calibration=quant.calibration,
+        percentile=quant.percentile,
     )
 
 

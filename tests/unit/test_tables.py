@@ -22,7 +22,7 @@ from megatron_edge.quantize import apply
 from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train import step
 
-FORMATS = ("fp8", "int4")
+FORMATS = ("int8", "fp8", "int4")
 TRAIN = compose(["train.learning_rate=0.01", "train.steps=2"]).train
 
 
@@ -126,9 +126,9 @@ def test_an_impossible_table_is_refused() -> None:
         check_config(compose(["+scenario=gateway_thor", "quant.embedding=int8"]))
 
 
-@pytest.mark.parametrize(("fmt", "per_row"), [("bf16", 1152), ("int4", 288 + 18), ("fp8", 576)])
+@pytest.mark.parametrize(("fmt", "per_row"), [("bf16", 1152), ("int8", 576 + 2), ("fp8", 576), ("int4", 288 + 18)])
 def test_bytes_of_a_table(fmt: str, per_row: int) -> None:
-    """SmolLM2's: codes, and int4's fp16 scale per 64 of them."""
+    """SmolLM2's: codes, and a fp16 scale per row (int8) or per 64 of them (int4)."""
     run = compose(["quant=int4", f"quant.embedding={fmt}", "train.precision=bf16"])
     plain = compose(["quant=int4", "train.precision=bf16"])
     saved = memory.weights_bytes(plain, SMOLLM2) - memory.weights_bytes(run, SMOLLM2)
