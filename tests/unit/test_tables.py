@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_config import SMOLLM2
+from tiny_artifact import make_tiny
 from tiny_megatron import hf_config_of, megatron_twin, one_process, random_batches, random_llama
 from torch import Tensor, nn
 
 from megatron_edge import memory
 from megatron_edge.artifact import formats
+from megatron_edge.artifact.store import INDEX_FILE, ArtifactReader, ArtifactWriter, ShardReader
 from megatron_edge.artifact.tables import tables_of
 from megatron_edge.checks import check_config, check_model_dims
 from megatron_edge.compose import compose
-from megatron_edge.contracts import InputError, QuantPlan
+from megatron_edge.contracts import InputError, LinearEntry, QuantPlan
+from megatron_edge.export import targets
 from megatron_edge.model.build import named_shards
 from megatron_edge.quantize import apply
 from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train import step
+from megatron_edge.verify import parity, runtimes
+from megatron_edge.verify.quality import Windows, load_model
 
+EMBEDDING = "model.embed_tokens"
 FORMATS = ("int8", "fp8", "int4")
 TRAIN = compose(["train.learning_rate=0.01", "train.steps=2"]).train
 
@@ -133,3 +142,61 @@ def test_bytes_of_a_table(fmt: str, per_row: int) -> None:
     plain = compose(["quant=int4", "train.precision=bf16"])
     saved = memory.weights_bytes(plain, SMOLLM2) - memory.weights_bytes(run, SMOLLM2)
     assert saved == 49152 * (1152 - per_row) - (4 if fmt == "fp8" else 0)
+
+
+def with_table(plain: ArtifactReader, directory: Path, fmt: str) -> ArtifactReader:
+    """The same artifact with its embedding in `fmt`."""
+    manifest, table = plain.manifest, plain.tensor(f"{EMBEDDING}.weight")
+    group = 64 if fmt == "int4" else 0
+    amax = formats.snap_amax(fmt, formats.weight_amax(fmt, table, group))
+    encoded = formats.encode(fmt, table, amax, group)
+    names = {"codes": f"{EMBEDDING}.weight_codes", "scale": f"{EMBEDDING}.weight_scale"}
+    with ArtifactWriter(directory, 10**9) as writer:
+        for name in set(plain.names()) - {f"{EMBEDDING}.weight"}:
+            writer.add(name, plain.tensor(name), manifest.tensors[name].format)
+        writer.add(names["codes"], encoded.codes, fmt)
+        writer.add(names["scale"], encoded.scale, "scale")
+        for file in set(manifest.files) - {INDEX_FILE}:
+            shutil.copyfile(plain.directory / file, writer.side_files / file)
+        entry = LinearEntry(fmt, "none", group, encoded.shape, names)
+        fields = {key: value for key, value in vars(manifest).items() if key not in ("schema", "tensors", "files")}
+        writer.finish(**{**fields, "linears": {**manifest.linears, EMBEDDING: entry}})
+    return ArtifactReader(directory)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fmt", "target"),
+    [("int4", "int8", "compressed_tensors"), ("nvfp4", "int4", "modelopt"), ("none", "fp8", "hf")],
+)
+def test_targets_have_the_values_of_a_table_and_say_so(tmp_path: Path, recipe: str, fmt: str, target: str) -> None:
+    """Of an fp32 model: the artifact has them exactly, a target rounded to bf16; its reader is compared with those."""
+    tiny = make_tiny(tmp_path, recipe, "float32")
+    plain = ArtifactReader(tiny.artifact)
+    reader = with_table(plain, tmp_path / "tables" / "canonical", fmt)
+    assert reader.check() == [] and list(reader.manifest.tables) == [EMBEDDING]
+    assert set(reader.manifest.layer_linears) == set(plain.manifest.linears)
+    values = reader.dequantized(EMBEDDING, torch.float32)
+    assert torch.equal(load_model(reader, torch.float32).get_input_embeddings().weight, values)
+    report = targets.convert(target, reader, tmp_path / "tables" / target)
+    assert any(f"the packed {fmt} codes of {EMBEDDING}" in line and "bfloat16" in line for line in report.dropped)
+    stored = ShardReader(Path(report.directory)).tensor(f"{EMBEDDING}.weight")
+    assert stored.dtype is torch.bfloat16 and torch.equal(stored, values.bfloat16())
+    assert not torch.equal(stored.float(), values), "eight significant bits do not hold them"
+    text = parity.read_reference(tiny.reference).windows
+    found = runtimes.check_target(reader, target, Path(report.directory), Windows(*vars(text).values()))
+    assert found.checks and all(check.ok for check in found.checks), found.checks
+    spoiled = {name: tensor.clone() for name, tensor in _tensors(Path(report.directory)).items()}
+    spoiled[f"{EMBEDDING}.weight"][3, 5] *= 1.5
+    _replace(Path(report.directory), spoiled)
+    found = runtimes.check_target(reader, target, Path(report.directory), Windows(*vars(text).values()))
+    assert not all(check.ok for check in found.checks)
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    (file,) = directory.glob("*.safetensors")
+    return load_file(file)
+
+
+def _replace(directory: Path, tensors: dict[str, Tensor]) -> None:
+    (file,) = directory.glob("*.safetensors")
+    save_file(tensors, file, metadata={"format": "pt"})
