@@ -24,7 +24,7 @@ from megatron_edge.jobs.delivery import finish
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import ModelSource, open_source, resolve_source
-from megatron_edge.quantize import apply, awq, policy, smoothquant
+from megatron_edge.quantize import apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
@@ -228,8 +228,9 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
         )
     elif plan.algorithm == "smoothquant":
         smoothquant.smooth_and_fold(model, plan, forward_loop)
+    clipped = clip.clip_weights(model, plan, forward_loop) if plan.algorithm == "awq_clip" else {}
     matches = apply.insert_quantizers(model, plan)
-    report = apply.calibrate(model, plan, matches, forward_loop)
+    report = apply.calibrate(model, plan, matches, forward_loop, clipped)
     if matches:
         log.info("quantizers: %s", ", ".join(f"{pattern} x{count}" for pattern, count in matches.items()))
     return replace(report, awq_alpha={name: choice.alpha for name, choice in choices.items()})

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
-from megatron_edge.model.build import chunks_of, named_modules
+from megatron_edge.model.build import chunks_of, named_modules, named_shards
 from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
-from megatron_edge.quantize import maxima
+from megatron_edge.quantize import maxima, ranges
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime import compat
 from megatron_edge.runtime.session import data_group, tensor_group
@@ -197,11 +197,16 @@ def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
 
 
 def calibrate(
-    model: nn.Module, plan: QuantPlan, matches: dict[str, int], forward_loop: Callable[[nn.Module], None]
+    model: nn.Module,
+    plan: QuantPlan,
+    matches: dict[str, int],
+    forward_loop: Callable[[nn.Module], None],
+    clipped: dict[str, Tensor] | None = None,
 ) -> QuantReport:
-    """Sets every quantizer's maximum from the weights and from `forward_loop` (data), then snaps it so that the
-    scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a tensor, and those of
-    inputs on all experts of a layer, so that one that saw no token has a safe scale."""
+    """Sets every quantizer's maximum from the weights and from `forward_loop` (data), as plan.calibration says, then
+    snaps it so that the scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a
+    tensor, and those of inputs on all experts of a layer, so that one that saw no token has a safe scale. `clipped` has
+    maxima of weights, by quantizer, that were found otherwise (clip.py)."""
     from modelopt.torch.quantization import model_calib
 
     enabled = {name: q for name, q in _quantizers(model) if q.is_enabled}
@@ -213,8 +218,20 @@ def calibrate(
             forward_loop(model)
         for chunk in chunks_of(model):
             model_calib.finish_stats_collection(chunk)
+        found = maxima.shared(enabled) | (clipped or {})
+
+        def run_data() -> None:
+            with quantizers_off(model):
+                forward_loop(model)
+
+        if plan.calibration == "percentile":
+            found |= ranges.percentile(enabled, found, plan.percentile, run_data)
+        elif plan.calibration == "mse":
+            if any(maxima.wants_data(q) for q in enabled.values()):
+                found |= ranges.least_error_of_data(enabled, found, run_data)
+            found |= ranges.least_error_of_weights(enabled, found, named_shards(model), dist.get_rank())
     amax = {}
-    for name, value in maxima.shared(enabled).items():
+    for name, value in found.items():
         set_amax(enabled[name], value)
         amax[name] = float(enabled[name]._amax.max())
     disabled = tuple(name for name, q in _quantizers(model) if not q.is_enabled)

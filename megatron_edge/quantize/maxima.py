@@ -42,6 +42,13 @@ def groups_of(name: str, role: str) -> tuple[str, list[Any]]:
     return name, [expert_tensor, expert_data]
 
 
+def ranks_with_other_columns(name: str) -> list[Any]:
+    """Process groups that hold the other columns of a weight's rows."""
+    if not is_row_parallel(name):
+        return []
+    return [expert_groups()[0] if ".local_experts." in name else tensor_group()]
+
+
 def shared(quantizers: dict[str, Any]) -> dict[str, Tensor]:
     """Collected maxima. All ranks call it with the same layers."""
     found: dict[str, Tensor] = {}
@@ -57,8 +64,7 @@ def shared(quantizers: dict[str, Any]) -> dict[str, Tensor]:
             single.setdefault(groups_of(name, args["role"])[0], []).append(name)
     _reduce_single(quantizers, single, found)
     for is_expert in (False, True):
-        chosen = [name for name in rows if (".local_experts." in name) == is_expert]
-        _reduce_rows(chosen, expert_groups()[0] if is_expert else tensor_group(), found)
+        _reduce_rows([name for name in rows if (".local_experts." in name) == is_expert], found)
     return found
 
 
@@ -77,13 +83,14 @@ def _reduce_single(quantizers: dict[str, Any], single: dict[str, list[str]], fou
             found.update((name, value) for name in single[key])
 
 
-def _reduce_rows(names: list[str], group: Any, found: dict[str, Tensor]) -> None:
+def _reduce_rows(names: list[str], found: dict[str, Tensor]) -> None:
     """Maxima of the rows of weights whose columns lie on several ranks."""
     if not names:
         return
     sizes = [found[name].numel() for name in names]
     maxima = torch.cat([found[name].reshape(-1) for name in names])
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+    for group in ranks_with_other_columns(names[0]):
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
     found.update((name, part.reshape(-1, 1)) for name, part in zip(names, maxima.split(sizes), strict=True))
 
 

@@ -5,11 +5,14 @@
 Folded at once, before quantizers are inserted, at the places where that is exact and survives training; they are
 awq.py's: norm -> qkv, norm -> fc1 (all experts and the router share it), rows of up_proj -> down_proj. Maxima are taken
 over all ranks that hold a part of the data or of the weights, so that every layout finds the same scales.
+
+A factor that all scales of a place share changes no code of int8, but the size of the weights, and with it what a step
+of the optimizer does: scales are divided by the root of their largest times their smallest, as AWQ's are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_edge.contracts import QuantPlan
 from megatron_edge.model.build import named_modules
+from megatron_edge.quantize import maxima
 from megatron_edge.quantize.awq import fold
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime.session import data_group, expert_groups, tensor_group
@@ -40,15 +44,21 @@ def smooth_and_fold(model: nn.Module, plan: QuantPlan, forward_loop: Callable[[n
             weights = torch.stack([layer[reader].weight.detach().abs().amax(0).float() for reader in readers]).amax(0)
             for group in groups:
                 dist.all_reduce(weights, op=dist.ReduceOp.MAX, group=group)
-            scales[name] = smoothing_scale(seen[prefix + site], weights, plan.smoothquant_alpha)
+            others = maxima.ranks_with_other_columns(f"{name}.weight")
+            scales[name] = smoothing_scale(seen[prefix + site], weights, plan.smoothquant_alpha, others)
         for name, scale in scales.items():
             fold(layer, name, scale)
 
 
-def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """Maxima of a channel's inputs and weights, fp32 [in] -> its scale, 1 where the input was always 0."""
+def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float, others: Sequence[Any] = ()) -> Tensor:
+    """Maxima of a channel's inputs and weights, fp32 [in] -> its scale, 1 where the input was always 0. `others` are
+    the process groups with the other channels."""
     scale = inputs.clamp_min(_SMALLEST).pow(alpha) / weights.clamp_min(_SMALLEST).pow(1 - alpha)
-    return scale.where(inputs > 0, 1.0)
+    alive = inputs > 0
+    extremes = torch.stack((scale.where(alive, 0.0).max(), (1 / scale).where(alive, 0.0).max()))
+    for group in others:
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return (scale / (extremes[0] / extremes[1]).sqrt()).where(alive, 1.0)
 
 
 def _input_maxima(modules: dict[str, nn.Module], forward_loop: Callable[[nn.Module], None]) -> dict[str, Tensor]:

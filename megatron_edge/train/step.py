@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize.apply import constant_weights
 from megatron_edge.runtime.session import Session, context_positions, gather_context
@@ -197,7 +198,7 @@ def _reduce(found: list[dict[str, Tensor]], session: Session) -> tuple[float, in
 @torch.no_grad()
 def run_forward(model: nn.Module, batches: Iterable[Batch], session: Session) -> None:
     """Runs batches through the pipeline for what quantizers or hooks see (calibration). All ranks call it."""
-    _forward_only(model, list(batches), session, lambda output, batch: {})
+    _forward_only(model, list(batches), session, lambda output, batch: {}, shown_as="calibrating")
 
 
 @torch.no_grad()
@@ -244,12 +245,14 @@ def token_logits(model: nn.Module, batches: list[Batch], session: Session) -> Te
 
 
 def _forward_only(
-    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True
+    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True, shown_as: str = ""
 ) -> list[dict[str, Tensor]]:
+    """`shown_as` gives rank 0 a progress bar of that name."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
+        next(progress, None)
         output = forward(chunk, batch, labels=batch.labels if with_labels else None)
         zero = torch.zeros((), dtype=torch.int, device=output.device)
         return output, lambda result: (result.sum() * 0, zero, keep(result, batch))
@@ -259,6 +262,8 @@ def _forward_only(
     filled = batches
     if session.plan.vpp > 1:  # interleaved schedules want whole rounds of the pipeline
         filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.pp)
+    total = len(filled) * len(chunks)
+    progress = track(range(total), shown_as, total, session.rank if shown_as else -1)
     model.eval()
     try:
         return get_forward_backward_func()(
@@ -271,4 +276,5 @@ def _forward_only(
             forward_only=True,
         )[: len(batches)]
     finally:
+        next(progress, None)  # past the end: a bar is then closed
         model.train(was_training)
