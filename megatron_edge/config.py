@@ -56,7 +56,9 @@ class ModelConfig:
     )
     hf_config: str | None = leaf("directory or hub name with a Megatron checkpoint's config.json and tokenizer")
     revision: str | None = leaf("hub revision; null takes the hub's default")
-    backend: Literal["local", "te"] = leaf("layers: torch's, which run everywhere, or TransformerEngine's, on CUDA")
+    backend: Literal["local", "apex", "te"] = leaf(
+        "layers: torch's, which run everywhere; with apex's fused norm; or TransformerEngine's, both on CUDA alone"
+    )
 
 
 @dataclass(frozen=True)

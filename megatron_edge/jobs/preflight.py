@@ -75,21 +75,25 @@ def _chosen(config: RunConfig, layout: ParallelPlan, source: ModelSource) -> tup
     return replace(config, parallel=found.parallel), found.plan
 
 
+_ACCELERATORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "te": {"TransformerEngine": ("transformer_engine",)},
+    "apex": {"NVIDIA's apex (PyPI's is another package)": ("fused_layer_norm_cuda", "amp_C")},
+}
+
+
 def _check_backend(config: RunConfig) -> None:
     """Asking for an accelerator that is absent is an error, never a silent fallback."""
-    if config.model.backend == "te":
-        import torch
+    import torch
 
-        missing = [
-            name
-            for name, there in (
-                ("TransformerEngine", find_spec("transformer_engine") is not None),
-                ("a CUDA device", torch.cuda.is_available()),
-            )
-            if not there
-        ]
-        if missing:
-            raise InputError(f"model.backend=te: {' and '.join(missing)} is missing here; allowed: local")
+    backend = config.model.backend
+    wanted = _ACCELERATORS.get(backend, {})
+    missing = [name for name, modules in wanted.items() if not all(map(find_spec, modules))]
+    if wanted and not torch.cuda.is_available():
+        missing.append("a CUDA device")
+    if missing:
+        raise InputError(
+            f"model.backend={config.model.backend}: {' and '.join(missing)} is missing here; allowed: local"
+        )
 
 
 def _check_model(config: RunConfig, source: ModelSource) -> None:
