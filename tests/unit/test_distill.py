@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_distillation import plain_loss
 from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
 
 from megatron_edge.compose import compose
@@ -22,13 +22,6 @@ VOCAB, WIDTH = 96, 64
 def session() -> Iterator[Any]:
     with one_process() as opened:
         yield opened
-
-
-def plain_loss(logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float) -> Any:
-    """(T^2 KL, CE) of each token, from torch's own functions."""
-    log_q, log_p = (F.log_softmax(x / temperature, -1) for x in (logits, teacher))
-    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
-    return kl, F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
