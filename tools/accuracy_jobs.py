@@ -35,6 +35,8 @@ LAUNCHER = REPOSITORY / "launch" / "qat.py"
 RECORD, MEASURED = "job.json", "measured.json"
 # 3: a check of verify does not hold (a loss that rises by more than declared): the artifact is there all the same.
 ENDED_WELL = (0, 3)
+CURVES = ("loss_nats_per_token", "label_loss_nats_per_token", "kl_nats_per_token", "tokens_per_second",
+          "memory_bytes_rank0")  # fmt: skip
 FIRST_JOB_SECONDS, STOP_SECONDS, MEASURE_SECONDS = 60.0, 30.0, 15.0
 
 
@@ -42,7 +44,7 @@ class Runner:
     """Starts jobs below `out`, `parallel` at a time, until `minutes` are over; None is without end."""
 
     def __init__(self, out: Path, parallel: int, minutes: float | None, keep: bool) -> None:
-        self.out, self._parallel, self._keep = out, parallel, keep
+        self.out, self.parallel, self._keep = out, parallel, keep
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._longest_seconds = FIRST_JOB_SECONDS
         self._lock = threading.Lock()
@@ -64,7 +66,7 @@ class Runner:
     def all(self, jobs: list[Job], after: Callable[[Job, Path], None] = lambda job, directory: None) -> None:
         """Runs what is not done yet; `after` is called here for each that is done, one at a time."""
         done = [job for job in jobs if self.is_done(job)]
-        with ThreadPoolExecutor(self._parallel) as pool:
+        with ThreadPoolExecutor(self.parallel) as pool:
             running = {pool.submit(self._run, job): job for job in jobs if job not in done}
             for job in done:
                 self._measure(job, after)
@@ -201,7 +203,7 @@ def collect(run: Runner, jobs: list[Job], meter: Meter, arguments: list[str]) ->
         found = json.loads(measured.read_text())
         report = json.loads((directory / "verify.json").read_text())
         metrics = read_metrics(directory / "metrics.jsonl")
-        curve = {key: [record.get(key) for record in metrics] for key in (metrics[0] if metrics else {})}
+        curve = {key: [record.get(key) for record in metrics] for key in CURVES if metrics}
         rows.append(
             {
                 "name": job.name, "format": job.format, "method": job.method, "seed": job.seed,
@@ -212,4 +214,4 @@ def collect(run: Runner, jobs: list[Job], meter: Meter, arguments: list[str]) ->
         )  # fmt: skip
     device = torch.cuda.get_device_name(0) if meter.device == "cuda" else "CPU"
     packages = {name: version(name) for name in ("torch", "transformers", "megatron-core", "nvidia-modelopt")}
-    return {"rows": rows, "device": device, "versions": packages, "arguments": arguments}
+    return {"rows": rows, "device": device, "versions": packages, "arguments": arguments, "parallel": run.parallel}

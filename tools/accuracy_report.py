@@ -25,7 +25,8 @@ SMOOTH_STEPS = 15
 @dataclass(frozen=True)
 class Row:
     """One artifact. Losses and KL in nats per held-out token; `rise` is relative to BF16-FT; a share of the PTQ gap is
-    None where there is no gap to speak of: PTQ's difference to BF16-FT is noise."""
+    None where there is no gap to speak of: PTQ's difference to BF16-FT is noise. Of training: the median speed, and the
+    peak memory of its process."""
 
     format: str
     method: str
@@ -40,6 +41,8 @@ class Row:
     closed_kl: float | None
     verified: bool
     seconds: float
+    tokens_per_second: float | None
+    memory_bytes: int | None
 
 
 def rows_of(results: dict[str, Any]) -> list[Row]:
@@ -49,14 +52,14 @@ def rows_of(results: dict[str, Any]) -> list[Row]:
     if base is None:
         raise ValueError(f"results: no {TUNED} among {sorted(found)}; allowed: a study whose first job is measured")
     base_loss = sum(base["loss"]) / sum(base["tokens"])
-    gaps = {row["format"]: row for row in found.values() if row["method"] == "ptq"}
+    gaps = {(row["format"], row["seed"]): row for row in found.values() if row["method"] == "ptq"}
     rows = []
     for row in found.values():
         tokens = sum(row["tokens"])
         loss, kl = sum(row["loss"]) / tokens, sum(row["kl"]) / tokens
         apart = paired_means(row["loss"], base["loss"], row["tokens"])
         closed_loss = closed_kl = None
-        ptq = gaps.get(row["format"])
+        ptq = gaps.get((row["format"], row["seed"]))
         if ptq is not None and row["method"].split("@")[0] in ("qat", "qad"):
             ptq_loss, ptq_kl = sum(ptq["loss"]) / tokens, sum(ptq["kl"]) / tokens
             gap = paired_means(ptq["loss"], base["loss"], ptq["tokens"])
@@ -68,7 +71,14 @@ def rows_of(results: dict[str, Any]) -> list[Row]:
 
 def _row(row: dict[str, Any], loss: float, kl: float, apart: Difference, rise: float, *closed: float | None) -> Row:
     identity = (row["format"], row["method"], row["seed"])
-    return Row(*identity, loss, kl, apart.value, apart.low, apart.high, rise, *closed, row["verified"], row["seconds"])
+    speeds, memory = (known(row["curve"].get(key)) for key in ("tokens_per_second", "memory_bytes_rank0"))
+    cost = (statistics.median(speeds) if speeds else None, int(max(memory)) if memory else None)
+    told = (row["verified"], row["seconds"])
+    return Row(*identity, loss, kl, apart.value, apart.low, apart.high, rise, *closed, *told, *cost)
+
+
+def known(values: list[float | None] | None) -> list[float]:
+    return [value for value in values or [] if value is not None]
 
 
 def groups_of(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -91,7 +101,7 @@ def title(method: str) -> str:
 def spread(values: list[float], pattern: str) -> str:
     """The mean, and the standard deviation over seeds where there are several."""
     mean = format(statistics.fmean(values), pattern)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), pattern)}"
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), pattern.lstrip('+'))}"
 
 
 def summary_table(rows: list[Row]) -> list[list[str]]:
@@ -113,7 +123,7 @@ def summary_table(rows: list[Row]) -> list[list[str]]:
                 "" if method == TUNED else spread([r.kl for r in group], ".4f"),
                 "" if method == TUNED else f"{spread([r.rise for r in group], '+.2%')} ({low:+.2%} to {high:+.2%})",
                 verdict,
-                (spread(closed[0], ".0%") if closed[0] else "no gap") if trains else "",
+                (spread(closed[0], ".0%") if len(closed[0]) == len(group) else "no gap") if trains else "",
                 spread(closed[1], ".0%") if closed[1] else "",
                 f"{sum(r.verified for r in group)} of {len(group)}",
             ]
@@ -141,6 +151,16 @@ def goals_table(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def cost_table(rows: list[Row]) -> list[list[str]]:
+    table = [["format", "training", "tokens/s, median", "peak memory"]]
+    for (name, method), group in groups_of(rows).items():
+        speeds, memory = (known([getattr(r, f) for r in group]) for f in ("tokens_per_second", "memory_bytes"))
+        if speeds and memory:
+            cells = [f"{statistics.median(speeds):,.0f}", f"{max(memory) / 2**30:.2f} GiB"]
+            table.append([name or "–", title(method), *cells])
+    return table
+
+
 def markdown(table: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
@@ -154,7 +174,7 @@ def write(results: dict[str, Any], directory: Path, docs: Path | None) -> None:
         writer = csv.DictWriter(stream, fieldnames=list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    for table in (summary_table(rows), goals_table(rows)):
+    for table in (summary_table(rows), goals_table(rows), cost_table(rows)):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for line in table:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -180,7 +200,8 @@ SmolLM2-135M, fine-tuned in BF16 first (its weights as they came lie on a 4-bit 
 That model, BF16-FT, is the baseline, the teacher of QAD, and where every other row starts from: the same tokens in the
 same order, the same number of steps. *PTQ* calibrates by the format's own algorithm, *RTN* rounds to nearest;
 *BF16-FT, trained on* is not quantised: what more training alone does. Every row is an exported artifact, run by
-transformers over {sum(base["tokens"]):,} held-out tokens of another source than the training text ({len(base["tokens"])} windows).
+transformers over {sum(base["tokens"]):,} held-out tokens in {len(base["tokens"])} windows, of another source than the
+training text.
 
 - KL: mean over those tokens of KL(BF16-FT || model), in nats.
 - Rise: relative, in nats per token; its interval is that of a paired t-test over windows (the mean over seeds);
@@ -192,6 +213,10 @@ transformers over {sum(base["tokens"]):,} held-out tokens of another source than
 {markdown(goals_table(rows))}
 
 {picture}{checks}
+
+What training took, with {results["parallel"]} job(s) at a time on one device:
+
+{markdown(cost_table(rows))}
 
 Done on {results["device"]} with {versions}:
 
@@ -240,12 +265,11 @@ def draw(results: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def _plot(axis: Any, values: list[float | None] | None, label: str, style: dict[str, Any]) -> None:
-    known = [value for value in values or [] if value is not None]
-    width = min(SMOOTH_STEPS, len(known))
-    if not width:
-        return
-    smooth = [statistics.fmean(known[i - width : i]) for i in range(width, len(known) + 1)]
-    axis.plot(range(width, len(known) + 1), smooth, label=label, **style)
+    found = known(values)
+    width = min(SMOOTH_STEPS, len(found))
+    if width:
+        smooth = [statistics.fmean(found[i - width : i]) for i in range(width, len(found) + 1)]
+        axis.plot(range(width, len(found) + 1), smooth, label=label, **style)
 
 
 def _draw_heldout(axis: Any, rows: list[Row], formats: list[str], colours: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def jobs_of(args: argparse.Namespace, tuned: Path) -> list[Job]:
         for label, chosen, seeds in formats:
             if kind == "rtn" and not label.split("+")[0].endswith("_awq"):
                 continue  # that format's own algorithm is rounding to nearest
-            for seed in range(1, 2 if kind in CALIBRATES else seeds + 1):
+            for seed in range(1, 2 if kind == "rtn" else seeds + 1):
                 arguments = [*shared, *chosen, "export.targets=[]", *own, f"train.seed={seed}"]
                 jobs.append(Job(label, method, seed, tuple(arguments)))
     return sorted(jobs, key=lambda job: (job.method.split("@")[0] not in (*CALIBRATES, "bf16"), job.seed))
