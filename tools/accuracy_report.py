@@ -257,8 +257,9 @@ def draw(results: dict[str, Any], rows: list[Row], path: Path) -> bool:
     axes[1].set(title="QAD: KL to BF16-FT, training text", xlabel="step", ylabel="nats/token", yscale="log")
     _draw_heldout(axes[2], rows, formats, colours)
     for axis in axes[:2]:
-        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
