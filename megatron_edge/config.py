@@ -28,8 +28,8 @@ Target = Literal["modelopt", "compressed_tensors", "hf"]
 # Weight formats that each export target carries; hf decodes them. Each target says itself what else it drops.
 TARGETS: dict[Target, tuple[str, ...]] = {
     "modelopt": ("fp8", "nvfp4"),
-    "compressed_tensors": ("int4", "fp8", "nvfp4"),
-    "hf": ("none", "fp8", "int4", "nvfp4"),
+    "compressed_tensors": ("int4", "int8", "fp8", "nvfp4"),
+    "hf": ("none", "fp8", "int4", "int8", "nvfp4"),
 }
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
@@ -83,10 +83,17 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class QuantConfig:
     name: str = leaf("label")
-    weight: Literal["none", "fp8", "int4", "nvfp4"] = leaf("format of the linear layers' weights")
-    activation: Literal["none", "fp8", "nvfp4"] = leaf("format of the linear layers' inputs")
-    group_size: int = leaf("weights that share a scale, along in_features; 0 for per-tensor formats", low=0)
-    algorithm: Literal["max", "awq"] = leaf("how scales are found")
+    weight: Literal["none", "fp8", "int4", "int8", "nvfp4"] = leaf("format of the linear layers' weights")
+    activation: Literal["none", "fp8", "int8", "nvfp4"] = leaf("format of the linear layers' inputs")
+    group_size: int = leaf("weights that share a scale, along in_features; 0 for a scale per tensor or per row", low=0)
+    algorithm: Literal["max", "awq", "awq_clip", "smoothquant"] = leaf(
+        "what is done to the weights before they are quantised; awq_clip is awq, then each group clipped"
+    )
+    smoothquant_alpha: float = leaf("how much of the inputs' outliers SmoothQuant moves to weights", low=0.0, high=1.0)
+    calibration: Literal["max", "percentile", "mse"] = leaf(
+        "what a scale covers: the maximum, a percentile (of data; weights keep theirs), or the least squared error"
+    )
+    percentile: float = leaf("of |x|, for calibration=percentile", low=50.0, high=100.0)
     calib_size: int = leaf("calibration sequences", low=1)
     awq_tokens: int = leaf("tokens per layer that the AWQ search compares outputs on", low=1)
     exclude: list[str] = leaf("patterns (fnmatch, over Megatron module names) that stay unquantised")
@@ -95,7 +102,7 @@ class QuantConfig:
 @dataclass(frozen=True)
 class KvConfig:
     name: str = leaf("label")
-    format: Literal["none", "fp8", "int8"] = leaf("format of the KV cache; int8 is llama.cpp's q8_0")
+    format: Literal["none", "fp8", "int8", "nvfp4"] = leaf("format of the KV cache; int8 is llama.cpp's q8_0")
 
 
 @dataclass(frozen=True)

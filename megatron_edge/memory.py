@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
-from megatron_edge.artifact.formats import effective_group_size, storage_bytes
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS, effective_group_size, kv_storage_bytes, storage_bytes
 from megatron_edge.checks import layers_per_chunk
 from megatron_edge.config import QuantConfig, RunConfig
 from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
@@ -112,12 +112,12 @@ def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     total = (count.embedding + count.others + count.head) * DTYPE_BYTES[dtype]
     for layer in range(hf_config["num_hidden_layers"]):
         total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
-        total += 8 if config.kv.format == "fp8" else 0  # k_scale and v_scale
+        total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 
 
 def kv_bytes(fmt: str, hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:
-    """Bytes of a full KV cache of `batch` sequences; "none" is bf16. Static FP8 scales belong to the weights."""
+    """Bytes of a full KV cache of `batch` sequences; "none" is bf16. Static scales belong to the weights."""
     values = (
         2,
         hf_config["num_hidden_layers"],
@@ -126,8 +126,7 @@ def kv_bytes(fmt: str, hf_config: Mapping[str, Any], batch: int, seq_len: int) -
         hf_config["num_key_value_heads"],
         hf_config["head_dim"],
     )
-    per_value = {"none": "bf16", "fp8": "fp8", "int8": "int8"}[fmt]
-    return storage_bytes(per_value, values) - (4 if fmt == "fp8" else 0)
+    return kv_storage_bytes(fmt, values)
 
 
 def device_activations_bytes(hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:

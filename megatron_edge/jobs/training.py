@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megatron_edge import checkpoint as checkpoints
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS
 from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs.delivery import finish
@@ -24,7 +25,7 @@ from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import ModelSource, open_model
-from megatron_edge.quantize import apply, awq, policy
+from megatron_edge.quantize import apply, awq, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
@@ -220,7 +221,7 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    if plan.algorithm == "awq" or plan.activation != "none" or plan.kv == "fp8":
+    if plan.algorithm != "max" or plan.activation != "none" or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 
@@ -228,11 +229,13 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
         step.run_forward(model, calibration, session)
 
     choices: dict[str, awq.AwqChoice] = {}
-    if plan.algorithm == "awq" and plan.weight == "int4":
+    if plan.algorithm in ("awq", "awq_clip"):
         tokens = config.quant.calib_size * config.train.seq_length_tokens
         choices = awq.search_and_fold(
             model, plan, forward_loop, calib_tokens=tokens, awq_tokens=config.quant.awq_tokens
         )
+    elif plan.algorithm == "smoothquant":
+        smoothquant.smooth_and_fold(model, plan, forward_loop)
     matches = apply.insert_quantizers(model, plan)
     report = apply.calibrate(model, plan, matches, forward_loop)
     if matches:

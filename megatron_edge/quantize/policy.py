@@ -26,7 +26,7 @@ def in_features(hf_config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
-    """`quant` has weight, activation, group_size, algorithm and exclude; `kv` has format (config.py).
+    """`quant` is a QuantConfig, `kv` a KvConfig (config.py).
 
     Raises:
         InputError: a weight format whose group divides no linear layer's input.
@@ -44,6 +44,9 @@ def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
         algorithm=quant.algorithm,
         rules=tuple(rules),
         excluded=tuple(quant.exclude),
+        smoothquant_alpha=quant.smoothquant_alpha,
+        calibration=quant.calibration,
+        percentile=quant.percentile,
     )
 
 

@@ -33,6 +33,7 @@ from megatron_edge.export.targets.folder import (
 
 LAYOUT_VERSION = "0.47.0"
 ALGORITHMS = {("fp8", "fp8"): "FP8", ("nvfp4", "nvfp4"): "NVFP4", ("nvfp4", "none"): "W4A16_NVFP4"}
+KV_ALGORITHMS = {"fp8": "FP8", "nvfp4": "NVFP4"}
 NVFP4_BLOCK = 16
 
 
@@ -44,12 +45,12 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
         allowed = ", ".join(f"weight={w} activation={a}" for w, a in ALGORITHMS)
         raise InputError(
             f"export.targets: modelopt cannot carry weight={weight} activation={activation}; allowed: {allowed} "
-            "(use the target compressed_tensors for int4, hf for unquantised weights)"
+            "(use the target compressed_tensors for int4 and int8, hf for unquantised weights)"
         )
     algorithm, kv = ALGORITHMS[weight, activation], kv_format(manifest)
     carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], []
-    if kv == "fp8":
-        carried.append("fp8 KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
+    if kv in KV_ALGORITHMS:
+        carried.append(f"{kv} KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
     quantization = _quantization(algorithm, kv, plain_linears(manifest))
@@ -88,7 +89,7 @@ def _quantization(algorithm: str, kv: str, excluded: list[str]) -> dict[str, Any
     section: dict[str, Any] = {"quant_algo": algorithm, "exclude_modules": excluded}
     if "NVFP4" in algorithm:
         section["group_size"] = NVFP4_BLOCK
-    section["kv_cache_quant_algo"] = "FP8" if kv == "fp8" else None
+    section["kv_cache_quant_algo"] = KV_ALGORITHMS.get(kv)
     return section
 
 
@@ -107,6 +108,8 @@ def _config_section(quantization: dict[str, Any], activations: bool) -> dict[str
         "producer": _producer(),
         "quant_method": "modelopt",
     }
-    if quantization["kv_cache_quant_algo"] == "FP8":
+    if quantization["kv_cache_quant_algo"] == "NVFP4":
+        section["kv_cache_scheme"] = "NVFP4"
+    elif quantization["kv_cache_quant_algo"] == "FP8":
         section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return section
