@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,27 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"train.steps={train.steps}: train.mode=ptq only calibrates; allowed is 0, or train=qat")
     if train.min_learning_rate > train.learning_rate:
         raise expected("train.min_learning_rate", train.min_learning_rate, f"at most {train.learning_rate} (the peak)")
+    _check_distillation(config)
     _check_recipe(config)
     _check_device(config)
+
+
+def _check_distillation(config: RunConfig) -> None:
+    """A leaf of the distillation that nothing reads is refused, and a student that is its own teacher."""
+    train = config.train
+    unused = {"teacher": None, "distill_temperature": 1.0, "distill_label_weight": 0.0, "distill_hidden_weight": 0.0}
+    for name, default in unused.items():
+        if train.mode != "qad" and getattr(train, name) != default:
+            words = (
+                f"{'null' if default is None else default} with train.mode={train.mode}; only train=qad has a teacher"
+            )
+            raise expected(f"train.{name}", getattr(train, name), words)
+    quantised = config.quant.weight != "none" or config.kv.format != "none"
+    if train.mode == "qad" and train.teacher is None and not quantised:
+        raise InputError(
+            "train.teacher=null: with quant=none and kv=none the student is its own teacher and learns nothing; "
+            "allowed: another model, or a recipe"
+        )
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -136,6 +156,12 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
         )
     _check_groups(config, hf_config)
     _check_tables(config, hf_config)
+
+
+def check_teacher_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """As `check_model_dims`, for a model that gets no quantizers."""
+    quant, kv = replace(config.quant, weight="none"), replace(config.kv, format="none")
+    check_model_dims(replace(config, quant=quant, kv=kv), hf_config)
 
 
 def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:

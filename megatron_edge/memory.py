@@ -21,6 +21,8 @@ from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, Paral
 from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shape, rules_of
 
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
+DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
+DISTILL_CHUNKS = 8  # buffers of that size: train/distill.py
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -51,7 +53,8 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one rank of one pipeline stage; `activations_bytes` is an estimate."""
+    """Bytes on one rank of one pipeline stage; `activations_bytes` is an estimate. `teacher_bytes` are a teacher's
+    weights, what one layer of it makes, and what the distillation keeps of it."""
 
     stage: int
     parameters: int
@@ -59,10 +62,12 @@ class TrainingMemory:
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    teacher_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        own = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        return own + self.teacher_bytes
 
 
 def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
@@ -183,20 +188,21 @@ def refuse_if_over(needed: MemoryPlan, device: DeviceProfile) -> None:
     )
 
 
-def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[TrainingMemory, ...]:
-    """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights."""
-    train, dims = config.train, dims_of(hf_config)
+def training_plan(
+    config: RunConfig,
+    hf_config: Mapping[str, Any],
+    layout: ParallelPlan,
+    teacher: Mapping[str, Any] | None = None,
+) -> tuple[TrainingMemory, ...]:
+    """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights, and a
+    teacher of the config.json `teacher` where there is one."""
+    train = config.train
     micro_batches = max(1, train.global_batch // (train.micro_batch * layout.dp))
-    chunks = layers_per_chunk(dims.num_layers, layout)
-    dense, experts = _layer_parameters(hf_config, layout)
-    embedding = dims.vocab_size * dims.hidden_size // layout.tp
     expert_copies = layout.world_size // (layout.pp * layout.ep * layout.etp)
     stages = []
     for stage in range(layout.pp):
-        first, last = stage == 0, stage == layout.pp - 1
-        layers = sum(chunks[stage :: layout.pp])
-        # A tied output layer on another stage than the embedding is a copy of it.
-        ends = embedding * (first + (last and not (first and dims.tied))) + (dims.hidden_size if last else 0)
+        last = stage == layout.pp - 1
+        layers, dense, experts, ends = _stage_parameters(hf_config, layout, stage)
         parameters = layers * (dense + experts) + ends
         split = config.parallel.distributed_optimizer
         kept = (layers * dense + ends) // (layout.dp * layout.cp if split else 1)
@@ -210,9 +216,41 @@ def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: Paral
                 gradients_bytes=parameters * 4,
                 optimizer_bytes=kept * (12 if train.precision == "bf16" else 8) if train.steps else 0,
                 activations_bytes=_training_activations_bytes(config, hf_config, layout, layers, in_flight, last),
+                teacher_bytes=0 if teacher is None else _teacher_bytes(config, teacher, layout, stage, micro_batches),
             )
         )
     return tuple(stages)
+
+
+def _stage_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int) -> tuple[int, int, int, int]:
+    """Layers of a stage, what one rank holds of each (outside and inside of experts), and embeddings and last norm."""
+    dims, first, last = dims_of(hf_config), stage == 0, stage == layout.pp - 1
+    embedding = dims.vocab_size * dims.hidden_size // layout.tp
+    # A tied output layer on another stage than the embedding is a copy of it.
+    ends = embedding * (first + (last and not (first and dims.tied))) + (dims.hidden_size if last else 0)
+    return (
+        sum(layers_per_chunk(dims.num_layers, layout)[stage :: layout.pp]),
+        *_layer_parameters(hf_config, layout),
+        ends,
+    )
+
+
+def _teacher_bytes(
+    config: RunConfig, teacher: Mapping[str, Any], layout: ParallelPlan, stage: int, micro_batches: int
+) -> int:
+    """A teacher's weights, the activations of one of its layers (an estimate), and on the last stage the hidden states
+    that it leaves for each micro-batch and the chunks of logits."""
+    train, size = config.train, DTYPE_BYTES[config.train.precision]
+    layers, dense, experts, ends = _stage_parameters(teacher, layout, stage)
+    kept = 0
+    if stage == layout.pp - 1:
+        split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+        tokens = micro_batches * train.micro_batch * train.seq_length_tokens // split
+        logits = train.micro_batch * train.seq_length_tokens // layout.cp * teacher["vocab_size"] // layout.tp
+        kept = tokens * teacher["hidden_size"] * size + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, 4 * logits)
+        kept += size * logits  # the student's gradient, which is made with the loss
+    inside = _training_activations_bytes(config, teacher, layout, layers=1, in_flight=1, last=False)
+    return (layers * (dense + experts) + ends) * size + inside + kept
 
 
 def _layer_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[int, int]:
