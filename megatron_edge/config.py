@@ -34,7 +34,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
-    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "device",
+    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "model.name", "model.backend", "quant.name", "kv.name",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
@@ -139,6 +139,16 @@ class ExportConfig:
     max_loss_rise: float = leaf("declared loss in nats per token, artifact against BF16", low=0.0)
 
 
+@dataclass(frozen=True)
+class EvalConfig:
+    tasks: list[str] = leaf("multiple choice: boolq, piqa, openbookqa, ... or *.jsonl files; [] is perplexity alone")
+    limit: int | None = leaf("questions of each task, spread evenly over it; null is all", low=2)
+    baseline: str | None = leaf(
+        "compared with: source (the model as it came), none, or a directory of an artifact, run or model; "
+        "null is source where there are tasks, else none"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     scenario: str = leaf("name of the overlay, empty without one")
@@ -154,6 +164,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     export: ExportConfig
+    eval: EvalConfig
     device: DeviceProfile
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from megatron_edge import checkpoint as checkpoints
 from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
+from megatron_edge.jobs import evaluation
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
@@ -95,7 +96,7 @@ def qat(config: RunConfig, launch: Launch) -> None:
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:
-    """Held-out loss of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
+    """Held-out loss and accuracy of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
 
     Raises:
         InputError: no intact checkpoint, or a layout that the model does not divide into.
@@ -112,7 +113,33 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         apply.insert_quantizers(model, plan)
         checkpoints.load_checkpoint(found, model, None, plan, session)
         reference.round_unquantised(model)  # as the artifact stores it
-        _evaluate(run, model, str(found.path))
+        mark("evaluating")
+        context, multiple = source.hf_config["max_position_embeddings"], _window_multiple(session)
+        examination = evaluation.Examination(config, source.tokenizer(), run.data, context, multiple)
+        answers = examination.take(lambda windows: _window_losses(model, windows, session))
+    if launch.rank == 0:
+        del model
+        evaluation.report(config, examination, answers, str(found.path), source.tokenizer(), run.dtype)
+
+
+def _window_multiple(session: Session) -> int:
+    """What the length of a window must be a multiple of in this layout."""
+    plan = session.plan
+    return 2 * plan.cp * plan.tp if plan.cp > 1 else plan.tp
+
+
+def _window_losses(model: nn.Module, windows: evaluation.Windows, session: Session) -> torch.Tensor:
+    """fp32 nats [n, s] of each next token, on every rank; data-parallel ranks share the windows. All ranks call it."""
+    labels = windows.tokens.roll(-1, dims=1).masked_fill(~windows.loss_mask, 0)
+    whole = Batch(windows.tokens, windows.documents, windows.positions, windows.loss_mask, labels)
+    batches = _even_batches(whole, EVALUATION_MICRO_BATCH)
+    filled = batches + batches[:1] * (-len(batches) % session.plan.dp)  # all ranks run as often, for their experts
+    mine = step.token_losses(model, filled[session.dp_rank :: session.plan.dp], session)
+    speaks = session.is_last_stage and session.tp_rank == 0 and session.cp_rank == 0
+    said = session.gather((session.dp_rank, mine) if speaks else None)
+    parts = {found[0]: found[1].split(EVALUATION_MICRO_BATCH) for found in said if found is not None}
+    ordered = [parts[at % session.plan.dp][at // session.plan.dp] for at in range(len(filled))]
+    return torch.cat(ordered)[: len(windows)]
 
 
 def _session(config: RunConfig, launch: Launch) -> AbstractContextManager[Session]:
