@@ -6,7 +6,9 @@ rank 0 then reports. A baseline always runs in transformers, on rank 0.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import json
 import logging
 import os
@@ -210,7 +212,8 @@ def _load_baseline(source: ModelSource | ArtifactReader, dtype: torch.dtype) -> 
     import transformers
 
     if source.kind == "safetensors":
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
     else:
         config = transformers.AutoConfig.for_model(**source.hf_config)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

