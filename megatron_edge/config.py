@@ -104,7 +104,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    mode: Literal["ptq", "qat", "qad"] = leaf("calibrate only; then fine-tune on labels, or distil from a teacher")
+    mode: Literal["ptq", "qat", "qad", "lora_qat"] = leaf(
+        "calibrate only; then fine-tune on labels, distil from a teacher, or train low-rank adapters on labels"
+    )
     steps: int = leaf("optimizer steps", low=0)
     seed: int = leaf("seed of initialisation and of the sample order", low=0, high=2**31 - 1)
     micro_batch: int = leaf("sequences per rank and forward pass", low=1)
@@ -120,6 +122,8 @@ class TrainConfig:
     adam_beta1: float = leaf("decay of the first moment", low=0.0, high=0.999999)
     adam_beta2: float = leaf("decay of the second moment", low=0.0, high=0.999999)
     clip_norm: float = leaf("largest global gradient norm; 0 does not clip", low=0.0)
+    lora_rank: int | None = leaf("lora_qat: columns of B and rows of A in W0 + alpha / rank * B @ A", low=1)
+    lora_alpha: float | None = leaf("lora_qat: alpha of the same", low=0.0)
     teacher: str | None = leaf("qad: as model.source; null is the student's own source, unquantised")
     distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
     distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)

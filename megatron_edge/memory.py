@@ -237,8 +237,9 @@ def _teacher_bytes(
     if stage == layout.pp - 1:
         split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
         tokens = micro_batches * train.micro_batch * train.seq_length_tokens // split
-        logits = 4 * train.micro_batch * train.seq_length_tokens // layout.cp * teacher["vocab_size"] // layout.tp
-        kept = tokens * teacher["hidden_size"] * size + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, logits)
+        logits = train.micro_batch * train.seq_length_tokens // layout.cp * teacher["vocab_size"] // layout.tp
+        kept = tokens * teacher["hidden_size"] * size + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, 4 * logits)
+        kept += size * logits  # the student's gradient, which is made with the loss
     inside = _training_activations_bytes(config, teacher, layout, layers=1, in_flight=1, last=False)
     return (layers * (dense + experts) + ends) * size + inside + kept
 

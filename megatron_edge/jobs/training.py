@@ -25,7 +25,7 @@ from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import ModelSource, open_source, resolve_source
-from megatron_edge.quantize import apply, awq, policy
+from megatron_edge.quantize import adapters, apply, awq, policy
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
@@ -282,15 +282,19 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     """Trains from `found` to the last step; gives the model to go on with."""
     config, session = run.config, run.session
     steps = config.train.steps if config.train.mode != "ptq" else 0
-    if found.step == 0:
+    if found.step == 0 or found.step >= steps:
         checkpoints.load_checkpoint(found, model, None, run.plan, session)
+    if found.step >= steps:
+        return model
+    if config.train.lora_rank is not None and config.train.lora_alpha is not None:
+        rank, alpha = config.train.lora_rank, config.train.lora_alpha
+        count = adapters.attach(model, session, rank=rank, alpha=alpha, seed=config.train.seed)
+        log.info("adapters of rank %d on %d linear layers of rank 0; everything else is frozen", rank, count)
     wrapped, optimizer = step.make_trainable(
         model, config.train, run.dtype, distributed_optimizer=config.parallel.distributed_optimizer
     )
     if found.step > 0:
         checkpoints.load_checkpoint(found, wrapped, optimizer, run.plan, session)
-    if found.step >= steps:
-        return wrapped
     batches = BatchPlan(run.data.train, config.train.global_batch, config.train.micro_batch)
     objective = _objective(run)
     with (
@@ -313,6 +317,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
             report=report,
             objective=objective,
         )
+    adapters.detach(wrapped)
     return wrapped
 
 

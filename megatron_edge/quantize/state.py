@@ -16,7 +16,7 @@ from megatron_edge.quantize.apply import enabled_quantizers, set_amax
 from megatron_edge.quantize.policy import rule_for
 
 PREFIX = "quantizer."
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 def amax_keys(name: str, is_block: bool) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def quantizer_shards(model: nn.Module, plan: QuantPlan) -> dict[str, AmaxShard]:
         if block is None:
             shards[keys[0]] = AmaxShard(quantizer._amax.reshape(1), None, is_expert)
             continue
-        axis = 1 if name.split(".")[-2] in _ROW_PARALLEL else 0
+        axis = 1 if name.split(".")[-2] in ROW_PARALLEL else 0
         parts = quantizer._amax.reshape(block).chunk(len(keys))
         shards.update(
             (key, AmaxShard(part.contiguous(), axis, is_expert)) for key, part in zip(keys, parts, strict=True)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_distillation import plain_loss
 from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
 
+from megatron_edge import memory
+from megatron_edge.checks import check_config
 from megatron_edge.compose import compose
+from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.jobs.teacher import check_teacher
+from megatron_edge.model.source import open_source
 from megatron_edge.runtime.session import tensor_group
 from megatron_edge.train import distill, step
 from megatron_edge.train.distill import Distillation, distillation_loss
@@ -22,13 +28,6 @@ VOCAB, WIDTH = 96, 64
 def session() -> Iterator[Any]:
     with one_process() as opened:
         yield opened
-
-
-def plain_loss(logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float) -> Any:
-    """(T^2 KL, CE) of each token, from torch's own functions."""
-    log_q, log_p = (F.log_softmax(x / temperature, -1) for x in (logits, teacher))
-    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
-    return kl, F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -99,3 +98,66 @@ def test_one_step_has_the_gradient_of_transformers(session: Any, hidden_weight: 
     assert result.gradient_norm == pytest.approx(float(norm), rel=1e-4)
     assert result.parts["kl_nats_per_token"] == pytest.approx(float(kl[mask].mean()), rel=1e-5)
     assert ("hidden_loss_per_token" in result.parts) == bool(hidden_weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train.teacher=/x",), "train.teacher='/x': allowed is null with train.mode=qat"),
+        (("train=ptq", "train.distill_temperature=2"), "train.distill_temperature=2.0: allowed is 1.0 with"),
+        (("train.distill_hidden_weight=1",), "train.distill_hidden_weight=1.0: allowed is 0.0 with"),
+        (("train=qad", "quant=none", "device=x86_laptop"), "the student is its own teacher"),
+    ],
+)
+def test_leaves_that_nothing_would_read_are_refused(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_config(compose(arguments))
+
+
+def save(directory: Path, tokens: list[str], **changes: Any) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    random_llama(**changes).save_pretrained(directory)
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[1]).save_pretrained(directory)
+    return open_source(directory)
+
+
+def test_a_teacher_that_cannot_teach_is_refused(tmp_path: Path) -> None:
+    words = ["<unk>", "<eos>", "one", "two"]
+    student = save(tmp_path / "student", words)
+    options = ["train.seq_length_tokens=32", "train.distill_hidden_weight=1"]
+    config = compose(["train=qad", f"model.source={tmp_path / 'student'}", *options])
+    check_teacher(config, student, save(tmp_path / "good", words, num_hidden_layers=1), ParallelPlan())
+    wrong = {
+        "its vocab_size=128; allowed is the student's, 96": save(tmp_path / "a", words, vocab_size=128),
+        "'one' 3 there and 2 here": save(tmp_path / "b", ["<unk>", "<eos>", "two", "one"]),
+        "have 32 channels, the student's 64": save(tmp_path / "c", words, hidden_size=32),
+        "max_position_embeddings=16": save(tmp_path / "d", words, max_position_embeddings=16),
+    }
+    for text, teacher in wrong.items():
+        with pytest.raises(InputError, match=text):
+            check_teacher(config, student, teacher, ParallelPlan())
+    with pytest.raises(InputError, match="2 chunks, but the model has 1 layers"):
+        check_teacher(config, student, open_source(tmp_path / "good"), ParallelPlan(pp=2, world_size=2))
+
+
+def test_a_teachers_bytes_are_planned() -> None:
+    """Weights of all stages add up to the teacher's; the last stage keeps hidden states, and works on logits."""
+    from test_memory import TINY
+
+    config = compose(["train=qad", "train.precision=bf16", "train.seq_length_tokens=64"])
+    larger = {**TINY, "num_hidden_layers": 2 * TINY["num_hidden_layers"]}
+    (plain,) = memory.training_plan(config, TINY, ParallelPlan())
+    (taught,) = memory.training_plan(config, TINY, ParallelPlan(), larger)
+    weights = 2 * memory.count_parameters(larger).total
+    hidden = 2 * config.train.global_batch * 64 * TINY["hidden_size"]
+    logits = (memory.DISTILL_CHUNKS * 4 + 2) * 64 * TINY["vocab_size"]
+    rest = taught.teacher_bytes - weights - hidden - logits
+    assert taught.total_bytes - plain.total_bytes == taught.teacher_bytes
+    assert 0 < rest < plain.activations_bytes, "one layer's activations"
+    first, last = memory.training_plan(config, TINY, ParallelPlan(pp=2, world_size=2), larger)
+    copy = 2 * memory.count_parameters(TINY).embedding if TINY["tie_word_embeddings"] else 0
+    assert first.teacher_bytes + last.teacher_bytes - 2 * rest == weights + copy + hidden + logits
