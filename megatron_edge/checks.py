@@ -65,6 +65,7 @@ def check_config(config: RunConfig) -> None:
     if train.min_learning_rate > train.learning_rate:
         raise expected("train.min_learning_rate", train.min_learning_rate, f"at most {train.learning_rate} (the peak)")
     _check_distillation(config)
+    _check_adapters(config)
     _check_recipe(config)
     _check_device(config)
 
@@ -85,6 +86,15 @@ def _check_distillation(config: RunConfig) -> None:
             "train.teacher=null: with quant=none and kv=none the student is its own teacher and learns nothing; "
             "allowed: another model, or a recipe"
         )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    train, adapts = config.train, config.train.mode == "lora_qat"
+    for name in ("lora_rank", "lora_alpha"):
+        if (getattr(train, name) is not None) != adapts:
+            raise expected(f"train.{name}", getattr(train, name), "a number with train=lora_qat, null with any other")
+    if adapts and config.quant.weight == "none":
+        raise expected("quant.weight", "none", "a format with train=lora_qat: adapters are of quantised layers")
 
 
 def check_run_dir(config: RunConfig) -> None:

@@ -36,7 +36,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
-    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "device",
+    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "model.name", "model.backend", "quant.name", "kv.name",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
@@ -120,7 +120,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    mode: Literal["ptq", "qat", "qad"] = leaf("calibrate only; then fine-tune on labels, or distil from a teacher")
+    mode: Literal["ptq", "qat", "qad", "lora_qat"] = leaf(
+        "calibrate only; then fine-tune on labels, distil from a teacher, or train low-rank adapters on labels"
+    )
     steps: int = leaf("optimizer steps", low=0)
     seed: int = leaf("seed of initialisation and of the sample order", low=0, high=2**31 - 1)
     micro_batch: int = leaf("sequences per rank and forward pass", low=1)
@@ -136,6 +138,8 @@ class TrainConfig:
     adam_beta1: float = leaf("decay of the first moment", low=0.0, high=0.999999)
     adam_beta2: float = leaf("decay of the second moment", low=0.0, high=0.999999)
     clip_norm: float = leaf("largest global gradient norm; 0 does not clip", low=0.0)
+    lora_rank: int | None = leaf("lora_qat: columns of B and rows of A in W0 + alpha / rank * B @ A", low=1)
+    lora_alpha: float | None = leaf("lora_qat: alpha of the same", low=0.0)
     teacher: str | None = leaf("qad: as model.source; null is the student's own source, unquantised")
     distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
     distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)
@@ -155,6 +159,16 @@ class ExportConfig:
     max_loss_rise: float = leaf("declared loss in nats per token, artifact against BF16", low=0.0)
 
 
+@dataclass(frozen=True)
+class EvalConfig:
+    tasks: list[str] = leaf("multiple choice: boolq, piqa, openbookqa, ... or *.jsonl files; [] is perplexity alone")
+    limit: int | None = leaf("questions of each task, spread evenly over it; null is all", low=2)
+    baseline: str | None = leaf(
+        "compared with: source (the model as it came), none, or a directory of an artifact, run or model; "
+        "null is source where there are tasks, else none"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     scenario: str = leaf("name of the overlay, empty without one")
@@ -170,6 +184,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     export: ExportConfig
+    eval: EvalConfig
     device: DeviceProfile
 
 

@@ -55,8 +55,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
-    """Entry of modelopt's backend registry. int4 weights come as [groups, group_size], everything else as is."""
+    """Entry of modelopt's backend registry. int4 weights come as [groups, group_size], everything else as is.
+    `_route` is an adapter's (adapters.py)."""
     args = quantizer.backend_extra_args
+    route = getattr(quantizer, "_route", None)
+    if route is not None:
+        x = route(x)
     kept = getattr(quantizer, "_kept", None)
     if kept is not None:
         return _StraightThrough.apply(x, kept)

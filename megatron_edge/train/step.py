@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
+from megatron_edge.quantize import adapters
 from megatron_edge.quantize.apply import constant_weights
 from megatron_edge.runtime.session import Session, context_positions, gather_context
 from megatron_edge.runtime.watchdog import mark
@@ -103,6 +104,7 @@ def make_trainable(
         ),
         list(wrapped),
     )
+    adapters.let_gradients_pass(wrapped)
     config = chunks[0].config  # of all chunks
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -197,6 +199,7 @@ def train_step(
         )
     total, tokens, *others = _reduce(found, session, objective.parts)
     norm, applied = _update(optimizer, math.isfinite(total), session)
+    adapters.merge(model)
     parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
     return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
 
