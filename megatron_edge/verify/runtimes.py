@@ -160,4 +160,9 @@ def _check_modelopt(reader: ArtifactReader, label: str, directory: Path) -> Chec
             stored = target.tensor(f"{name}.input_scale")
             if not torch.equal(stored, reader.tensor(linear.tensors["input_scale"])):
                 problems.append(f"{name}.input_scale")
+    for name in reader.names():  # model.layers.0.self_attn.k_scale lies with the projection, k_proj.k_scale
+        if name.endswith((".self_attn.k_scale", ".self_attn.v_scale")):
+            attention, which = name.removesuffix("_scale").rsplit(".", 1)
+            if not torch.equal(target.tensor(f"{attention}.{which}_proj.{which}_scale").cpu(), reader.tensor(name)):
+                problems.append(name)
     return failures(label, "tensors that decode otherwise by ModelOpt's rule", problems)

@@ -43,9 +43,10 @@ def test_parameters_are_those_that_transformers_builds(tied: bool) -> None:
 def test_weights_are_the_bytes_of_a_written_artifact(recipe: str, dtype: str, tmp_path: Path) -> None:
     reader = ArtifactReader(make_tiny(tmp_path, recipe, dtype, count=1).artifact)
     weight, activation, kv = RECIPES[recipe]
-    preset = {"int4": "int4", "fp8": "fp8", "nvfp4": "nvfp4" if activation != "none" else "nvfp4_w4a16", "none": "none"}
+    presets = {"int4 fp8": "w4a8_awq", "int8 int8": "int8_sq", "nvfp4 none": "nvfp4_w4a16"}
+    preset = presets.get(f"{weight} {activation}", weight)
     precision = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
-    run = configured(f"quant={preset[weight]}", f"kv={kv}", f"train.precision={precision}")
+    run = configured(f"quant={preset}", f"kv={kv}", f"train.precision={precision}")
     assert memory.weights_bytes(run, TINY) == reader.size_bytes()
 
 
@@ -63,6 +64,7 @@ def test_kv_cache_bytes() -> None:
     cache = torch.empty(2, 30, 4, 512, 3, 64, dtype=torch.bfloat16, device="meta")
     assert memory.kv_bytes("none", SMOLLM2, 4, 512) == cache.nbytes
     assert memory.kv_bytes("fp8", SMOLLM2, 4, 512) == cache.to(torch.float8_e4m3fn).nbytes
+    assert memory.kv_bytes("nvfp4", SMOLLM2, 4, 512) == cache.numel() // 2 + cache.numel() // 16
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     assert memory.kv_bytes("int8", SMOLLM2, 4, 512) == cache.numel() // block * block_bytes
 
