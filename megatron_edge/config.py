@@ -147,7 +147,7 @@ class ExportConfig:
 class EvalConfig:
     tasks: list[str] = leaf("multiple choice: boolq, piqa, openbookqa, ... or *.jsonl files; [] is perplexity alone")
     limit: int | None = leaf("questions of each task, spread evenly over it; null is all", low=2)
-    baseline: str | None = leaf("source (the model as it came), none, or a directory; null is source if there are tasks")
+    baseline: str | None = leaf("source (the model as it came), none, or a directory; null: source if there are tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
