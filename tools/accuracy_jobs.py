@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,9 @@ class Runner:
         self._lock = threading.Lock()
         self._not_started: set[str] = set()
         (out / "data").mkdir(parents=True, exist_ok=True)
+        self._devices: SimpleQueue[int] = SimpleQueue()  # jobs are dealt out to the GPUs that there are
+        for slot in range(parallel):
+            self._devices.put(slot % max(1, torch.cuda.device_count()))
 
     def directory(self, job: Job) -> Path:
         return self.out / job.name
@@ -88,7 +92,11 @@ class Runner:
         if not (directory / "data").exists():  # tokenised once for all jobs
             (directory / "data").symlink_to(self.out / "data", target_is_directory=True)
         began = time.monotonic()
-        code = self._start(job, directory)
+        gpu = self._devices.get()
+        try:
+            code = self._start(job, directory, gpu)
+        finally:
+            self._devices.put(gpu)
         seconds = time.monotonic() - began
         record = {"overrides": list(job.overrides), "exit_code": code, "seconds": round(seconds, 1)}
         (directory / RECORD).write_text(json.dumps(record, indent=1))
@@ -100,10 +108,12 @@ class Runner:
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
             (directory / "reference" / "reference.safetensors").unlink(missing_ok=True)
 
-    def _start(self, job: Job, directory: Path) -> int:
+    def _start(self, job: Job, directory: Path, gpu: int) -> int:
         """The exit code. SIGTERM in time lets a job save and end with 75: it goes on in the next call."""
         command = [sys.executable, str(LAUNCHER), *job.overrides, f"run_dir={directory}"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+        if torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         with (directory / "log.txt").open("a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             left = self._deadline - time.monotonic() - STOP_SECONDS

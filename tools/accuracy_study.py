@@ -143,7 +143,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of each method that trains")
     parser.add_argument("--ft-steps", type=int, default=200, help="of BF16-FT")
     parser.add_argument("--heldout-tokens", type=int, default=65536, help="that each artifact is measured on")
-    parser.add_argument("--parallel", type=int, default=1, help="jobs at a time, on the one device")
+    parser.add_argument("--parallel", type=int, default=1, help="jobs at a time, dealt out to the GPUs there are")
     parser.add_argument("--minutes", type=float, help="end after this long; the same command goes on")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and references of jobs that are done")
     parser.add_argument("overrides", nargs="*", help="after --: overrides for every job")

@@ -53,9 +53,9 @@ def read_manifest(artifact: Path) -> Manifest:
 
 
 def size_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """Quantised linears by format and group, all of them, the rest, the whole model."""
+    """Quantised linears by format and group, all of them, quantised tables, the rest, the whole model."""
     kinds: dict[str, list[LinearEntry]] = {}
-    for linear in manifest.linears.values():
+    for linear in manifest.layer_linears.values():
         activation = "" if linear.activation == "none" else f", {linear.activation} activations"
         group = f", groups of {linear.group_size}" if linear.group_size else ""
         kinds.setdefault(f"linears {linear.format}{group}{activation}", []).append(linear)
@@ -66,8 +66,11 @@ def size_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     rest_parameters = sum(math.prod(entry.shape) for entry in rest if entry.format != "scale")
     rest_bytes = sum(map(stored_bytes, rest))
     if len(kinds) > 1:
-        rows.append(size_row("linears, all", manifest, every))
-    rows.append(row("embeddings, norms, other", rest_parameters, rest_bytes))
+        rows.append(size_row("linears, all", manifest, list(manifest.layer_linears.values())))
+    for name, table in manifest.tables.items():
+        group = f", groups of {table.group_size}" if table.group_size else ""
+        rows.append(size_row(f"{name} {table.format}{group}", manifest, [table]))
+    rows.append(row("norms, other" if manifest.tables else "embeddings, norms, other", rest_parameters, rest_bytes))
     parameters = sum(math.prod(linear.shape) for linear in every) + rest_parameters
     rows.append(row("whole model", parameters, sum(map(stored_bytes, manifest.tensors.values()))))
     return rows

@@ -23,7 +23,7 @@ from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.log import console
-from megatron_edge.model.source import ModelSource, load_tokenizer, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, load_tokenizer, open_model, open_source, resolve_source
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.train.data import TrainingData, load_data, tokenizer_hash
 from megatron_edge.verify import evaluation
@@ -179,10 +179,13 @@ def _open_baseline(config: RunConfig) -> ModelSource | ArtifactReader:
 
 def _open_source_of(config: RunConfig) -> ModelSource:
     if config.artifact is None:
-        return open_source(resolve_source(config.model.source, config.model.revision))
+        return open_model(config.model)
     told = ArtifactReader(Path(config.artifact)).manifest.source
     try:
-        source = open_source(resolve_source(str(told.get("model")), None))
+        described_by = told.get("hf_config")
+        source = open_source(
+            resolve_source(str(told.get("model")), None), resolve_source(described_by, None) if described_by else None
+        )
     except InputError as error:
         raise InputError(
             f"eval.baseline=source: {config.artifact} was made from model.source={told.get('model')}, which is not to "

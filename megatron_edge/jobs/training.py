@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megatron_edge import checkpoint as checkpoints
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS
 from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs import evaluation
@@ -24,8 +25,8 @@ from megatron_edge.jobs.delivery import finish
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
-from megatron_edge.quantize import adapters, apply, awq, policy
+from megatron_edge.model.source import ModelSource, open_model
+from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
@@ -75,7 +76,7 @@ class _Run:
 
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
@@ -101,7 +102,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
     Raises:
         InputError: no intact checkpoint, or a layout that the model does not divide into.
     """
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     check_model_dims(config, source.hf_config)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
@@ -247,7 +248,7 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    if plan.algorithm == "awq" or plan.activation != "none" or plan.kv == "fp8":
+    if plan.algorithm != "max" or plan.activation != "none" or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 
@@ -255,13 +256,16 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
         step.run_forward(model, calibration, session)
 
     choices: dict[str, awq.AwqChoice] = {}
-    if plan.algorithm == "awq" and plan.weight == "int4":
+    if plan.algorithm in ("awq", "awq_clip"):
         tokens = config.quant.calib_size * config.train.seq_length_tokens
         choices = awq.search_and_fold(
             model, plan, forward_loop, calib_tokens=tokens, awq_tokens=config.quant.awq_tokens
         )
+    elif plan.algorithm == "smoothquant":
+        smoothquant.smooth_and_fold(model, plan, forward_loop)
+    clipped = clip.clip_weights(model, plan, forward_loop) if plan.algorithm == "awq_clip" else {}
     matches = apply.insert_quantizers(model, plan)
-    report = apply.calibrate(model, plan, matches, forward_loop)
+    report = apply.calibrate(model, plan, matches, forward_loop, clipped)
     if matches:
         log.info("quantizers: %s", ", ".join(f"{pattern} x{count}" for pattern, count in matches.items()))
     return replace(report, awq_alpha={name: choice.alpha for name, choice in choices.items()})

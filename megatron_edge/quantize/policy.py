@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from megatron_edge.artifact.formats import effective_group_size
+from megatron_edge.artifact.tables import tables_of
 from megatron_edge.contracts import InputError, QuantPlan, QuantRule
 from megatron_edge.families import dims_of, rules_of
 
@@ -26,16 +27,19 @@ def in_features(hf_config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
-    """`quant` has weight, activation, group_size, algorithm and exclude; `kv` has format (config.py).
+    """`quant` is a QuantConfig, `kv` a KvConfig (config.py).
 
     Raises:
-        InputError: a weight format whose group divides no linear layer's input.
+        InputError: a weight format whose group divides no linear layer's input, or a table that cannot be so.
     """
     rules: list[QuantRule] = []
     if quant.weight != "none":
         for pattern, size in in_features(hf_config).items():
             group = _group_size(quant.weight, size, quant.group_size)
             rules.append(QuantRule(pattern, quant.weight, quant.activation, group))
+    for table in tables_of(quant, hf_config):
+        if table.format != "bf16":
+            rules.append(QuantRule(table.module, table.format, "none", table.group_size))
     return QuantPlan(
         weight=quant.weight,
         activation=quant.activation,
@@ -44,6 +48,11 @@ def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
         algorithm=quant.algorithm,
         rules=tuple(rules),
         excluded=tuple(quant.exclude),
+        embedding=quant.embedding,
+        head=quant.head,
+        smoothquant_alpha=quant.smoothquant_alpha,
+        calibration=quant.calibration,
+        percentile=quant.percentile,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize import adapters
 from megatron_edge.quantize.apply import constant_weights
@@ -235,7 +236,7 @@ def _reduce(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, 
 @torch.no_grad()
 def run_forward(model: nn.Module, batches: Iterable[Batch], session: Session) -> None:
     """Runs batches through the pipeline for what quantizers or hooks see (calibration). All ranks call it."""
-    forward_only(model, list(batches), session, lambda output, batch: {})
+    forward_only(model, list(batches), session, lambda output, batch: {}, shown_as="calibrating")
 
 
 @torch.no_grad()
@@ -282,13 +283,15 @@ def token_logits(model: nn.Module, batches: list[Batch], session: Session) -> Te
 
 
 def forward_only(
-    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True
+    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True, shown_as: str = ""
 ) -> list[dict[str, Tensor]]:
-    """`keep(output, batch)` of each batch on the last stage's ranks, nothing elsewhere. All ranks call it."""
+    """`keep(output, batch)` of each batch on the last stage's ranks, nothing elsewhere. All ranks call it; `shown_as`
+    gives rank 0 a progress bar of that name."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
+        next(progress, None)
         output = forward(chunk, batch, labels=batch.labels if with_labels else None)
         zero = torch.zeros((), dtype=torch.int, device=output.device)
         return output, lambda result: (result.sum() * 0, zero, keep(result, batch))
@@ -298,6 +301,8 @@ def forward_only(
     filled = batches
     if session.plan.vpp > 1:  # interleaved schedules want whole rounds of the pipeline
         filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.pp)
+    total = len(filled) * len(chunks)
+    progress = track(range(total), shown_as, total, session.rank if shown_as else -1)
     model.eval()
     try:
         return get_forward_backward_func()(
@@ -310,4 +315,5 @@ def forward_only(
             forward_only=True,
         )[: len(batches)]
     finally:
+        next(progress, None)  # past the end: a bar is then closed
         model.train(was_training)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FORMATS = ("int4_awq", "nvfp4_w4a16+int8", "nvfp4+fp8", "fp8+fp8")
+FORMATS = ("int4_awq", "nvfp4_w4a16+int8:embedding=int8", "nvfp4+fp8:embedding=int4", "fp8+fp8:embedding=fp8")
 WORLD_2, WORLD_3 = ("PP2VPP2", "DP2DO", "TP2SP", "CP2"), ("TP3",)
 EXPERT_FORMATS, EXPERT_LAYOUTS = ("int4_awq", "nvfp4+fp8"), ("EP2", "TP2ETP2SP")
 # The long table: dense and experts, one to four processes.
@@ -64,6 +64,8 @@ def expected_checks(layout: str, name: str) -> set[str]:
         checks.remove("gradient")
     if name.startswith("int4_awq"):
         checks |= {"alpha", "own_blocks"}
+    if name.endswith(("embedding=int4", "embedding=int8")):
+        checks.add("own_blocks")
     if "+" in name or name in ("nvfp4", "fp8"):
         checks |= {"recorded", "mean_loss"}
     return checks

@@ -22,6 +22,8 @@ from tests.e2e.launches import checkpoints, hashes, metrics, run
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 from tools.random_models import RANDOM_MODELS, make_random_model
 
+EMBEDDING = "model.embed_tokens.weight"
+
 pytestmark = pytest.mark.timeout(300)
 TOPICS = sorted(topics)[:12]
 
@@ -56,11 +58,13 @@ def trained_weights(run_dir: Path) -> dict[tuple[str, str], str]:
     }
 
 
-def assert_weights_are_the_trained_ones(model: torch.nn.Module, run_dir: Path) -> None:
+def assert_weights_are_the_trained_ones(
+    model: torch.nn.Module, run_dir: Path, but: frozenset[str] = frozenset()
+) -> None:
     """Every slice that a training rank held, against the same slice of `model` in fp32, byte for byte."""
-    expected = trained_weights(run_dir)
+    expected = {key: sha256 for key, sha256 in trained_weights(run_dir).items() if key[0] not in but}
     weights = {name: weight for name, weight in model.named_parameters() if name.endswith(".weight")}
-    assert {name for name, _ in expected} == set(weights)
+    assert {name for name, _ in expected} == set(weights) - but
     for (name, place), sha256 in expected.items():
         rows, cols = json.loads(place)
         part = weights[name].detach().float()[slice(*rows)]
@@ -184,6 +188,7 @@ def vehicle_run(tiny_model: Path, conversations: Path, tmp_path_factory: pytest.
         f"data.train={conversations}",
         "train.steps=4",
         "quant.calib_size=16",
+        "quant.embedding=int4",
         *SMALL,
     )
     done = run("qat", *arguments, f"run_dir={directory / 'run'}", directory=directory, processes=2)
@@ -211,7 +216,25 @@ def test_vehicle_target_is_read_by_transformers(vehicle_run: Run) -> None:
     model.hf_quantizer.compressor.decompress_model(model)
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized" and config["config_groups"]["group_0"]["weights"]["group_size"] == 128
-    assert_weights_are_the_trained_ones(model, vehicle_run.directory)
+    assert_weights_are_the_trained_ones(model, vehicle_run.directory, but=frozenset({EMBEDDING}))
+
+
+def test_vehicle_embedding_is_stored_in_int4(vehicle_run: Run) -> None:
+    """Codes and scales decoded by hand are what both replicas computed with; the target has those values in bf16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (vehicle_run.directory / "artifact" / "canonical").glob("*.safetensors"):
+        tensors |= load_file(file)
+    codes, scale = tensors["model.embed_tokens.weight_codes"], tensors["model.embed_tokens.weight_scale"]
+    assert EMBEDDING not in tensors and (codes.dtype, scale.dtype) == (torch.uint8, torch.float16)
+    levels = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).float() - 8
+    values = levels * scale.float().repeat_interleave(128, dim=1)
+    trained = [sha256 for (name, _), sha256 in trained_weights(vehicle_run.directory).items() if name == EMBEDDING]
+    assert trained == [hashlib.sha256(values.numpy().tobytes()).hexdigest()]
+    stored: dict[str, torch.Tensor] = {}
+    for file in (vehicle_run.directory / "artifact" / "compressed_tensors").glob("*.safetensors"):
+        stored |= load_file(file)
+    assert torch.equal(stored[EMBEDDING], values.bfloat16())
+    assert "does not carry: the packed int4 codes of model.embed_tokens" in vehicle_run.done.stderr
 
 
 def test_plain_fine_tuning_on_parquet(tiny_model: Path, tmp_path: Path) -> None:
@@ -237,6 +260,7 @@ def test_experts_spread_by_themselves(tmp_path: Path) -> None:
     source = make_random_model(RANDOM_MODELS["qwen3_moe"], tmp_path / "model")
     tiny_tokenizer().save_pretrained(source)
     arguments = ("parallel=auto", "quant=nvfp4", "kv=fp8", f"model.source={source}", f"run_dir={tmp_path / 'run'}")
+    arguments += ("quant.embedding=int8", "quant.head=int4")
     small = ("train.steps=2", "train.seq_length_tokens=64", "data.eval_tokens=256", "quant.calib_size=8")
     done = run("qat", *arguments, *small, "export.max_loss_rise=1", directory=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
@@ -245,5 +269,7 @@ def test_experts_spread_by_themselves(tmp_path: Path) -> None:
     assert_complete(tmp_path / "run", 2, {"modelopt", "compressed_tensors"})
     manifest = json.loads((tmp_path / "run" / "artifact" / "canonical" / "manifest.json").read_text())
     assert sum(".experts." in name for name in manifest["linears"]) == 4 * 8 * 3, "layers x experts x gate, up, down"
+    tables = {name: manifest["linears"][name]["format"] for name in ("model.embed_tokens", "lm_head")}
+    assert tables == {"model.embed_tokens": "int8", "lm_head": "int4"}, "not tied: one table each"
     report = json.loads((tmp_path / "run" / "quant_report.json").read_text())
     assert isinstance(report["experts_without_tokens"], list)

@@ -86,7 +86,7 @@ def recipe(manifest: Manifest, target: str) -> tuple[str, str]:
     Raises:
         InputError: linears differ in format, which no target of this package carries.
     """
-    found = sorted({(linear.format, linear.activation) for linear in manifest.linears.values()})
+    found = sorted({(linear.format, linear.activation) for linear in manifest.layer_linears.values()})
     if len(found) > 1:
         raise InputError(
             f"export.targets: {target} cannot carry linears of several formats {found}; allowed: one weight format "
@@ -117,6 +117,22 @@ def unquantised(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, reader.tensor(name)
 
 
+def decoded_tables(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Quantised embedding and output layer as their bf16 values: no target's runtime reads them packed. Values of a
+    model trained in bf16 are its own; of one trained in fp32 they are rounded once more."""
+    for name in reader.manifest.tables:
+        yield f"{name}.weight", reader.dequantized(name, torch.bfloat16)
+
+
+def tables_dropped(manifest: Manifest) -> list[str]:
+    """A line for each quantised embedding or output layer, of what `decoded_tables` does to it."""
+    rounded = "" if manifest.dtype == "bfloat16" else f", rounded to bfloat16 from the {manifest.dtype} of training"
+    return [
+        f"the packed {table.format} codes of {name}: it is stored as its values{rounded}, and takes the memory of BF16"
+        for name, table in manifest.tables.items()
+    ]
+
+
 def unquantised_names(manifest: Manifest) -> list[str]:
     owned = {tensor for linear in manifest.linears.values() for tensor in linear.tensors.values()}
     return [name for name in manifest.tensors if name not in owned and not name.endswith(KV_SCALE_SUFFIXES)]
@@ -143,11 +159,11 @@ def kv_scales(reader: ArtifactReader) -> Iterator[tuple[str, str, torch.Tensor]]
 def describe_linears(manifest: Manifest) -> str:
     """One line such as "210 linears: int4, groups of 64 (180), 128 (30)"."""
     groups: dict[int, int] = {}
-    for linear in manifest.linears.values():
+    for linear in manifest.layer_linears.values():
         groups[linear.group_size] = groups.get(linear.group_size, 0) + 1
-    formats = sorted({linear.format for linear in manifest.linears.values()})
+    formats = sorted({linear.format for linear in manifest.layer_linears.values()})
     sizes = ", ".join(f"{size} ({count})" for size, count in sorted(groups.items()) if size > 0)
-    return f"{len(manifest.linears)} linears: {'/'.join(formats)}" + (f", groups of {sizes}" if sizes else "")
+    return f"{len(manifest.layer_linears)} linears: {'/'.join(formats)}" + (f", groups of {sizes}" if sizes else "")
 
 
 def role_tensor(reader: ArtifactReader, linear: LinearEntry, role: str) -> torch.Tensor:

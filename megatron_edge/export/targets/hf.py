@@ -20,6 +20,7 @@ from megatron_edge.export.targets.folder import (
     kv_format,
     plain_dtype,
     recipe,
+    tables_dropped,
     unquantised,
     write_target,
 )
@@ -32,6 +33,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
     if weight != "none":
         carried.append(f"{describe_linears(manifest)}, decoded")
         dropped.append(f"the packed {weight} codes: this checkpoint takes the memory of a BF16 model")
+    dropped += tables_dropped(manifest)
     if activation != "none":
         dropped.append(f"{activation} quantisation of activations and its input scales")
     if kv_format(manifest) != "none":

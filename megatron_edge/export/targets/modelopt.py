@@ -20,6 +20,7 @@ from megatron_edge.export.targets.folder import (
     TargetContent,
     TargetReport,
     base_config,
+    decoded_tables,
     describe_linears,
     kv_format,
     kv_scales,
@@ -27,12 +28,14 @@ from megatron_edge.export.targets.folder import (
     plain_linears,
     recipe,
     role_tensor,
+    tables_dropped,
     unquantised,
     write_target,
 )
 
 LAYOUT_VERSION = "0.47.0"
 ALGORITHMS = {("fp8", "fp8"): "FP8", ("nvfp4", "nvfp4"): "NVFP4", ("nvfp4", "none"): "W4A16_NVFP4"}
+KV_ALGORITHMS = {"fp8": "FP8", "nvfp4": "NVFP4"}
 NVFP4_BLOCK = 16
 
 
@@ -44,12 +47,12 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
         allowed = ", ".join(f"weight={w} activation={a}" for w, a in ALGORITHMS)
         raise InputError(
             f"export.targets: modelopt cannot carry weight={weight} activation={activation}; allowed: {allowed} "
-            "(use the target compressed_tensors for int4, hf for unquantised weights)"
+            "(use the target compressed_tensors for int4 and int8, hf for unquantised weights)"
         )
     algorithm, kv = ALGORITHMS[weight, activation], kv_format(manifest)
-    carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], []
-    if kv == "fp8":
-        carried.append("fp8 KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
+    carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], tables_dropped(manifest)
+    if kv in KV_ALGORITHMS:
+        carried.append(f"{kv} KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
     quantization = _quantization(algorithm, kv, plain_linears(manifest))
@@ -68,7 +71,8 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
 
 def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
     yield from unquantised(reader)
-    for name, linear in reader.manifest.linears.items():
+    yield from decoded_tables(reader)
+    for name, linear in reader.manifest.layer_linears.items():
         yield f"{name}.weight", role_tensor(reader, linear, "codes")
         yield f"{name}.weight_scale", role_tensor(reader, linear, "scale")
         if linear.format == "nvfp4":
@@ -88,7 +92,7 @@ def _quantization(algorithm: str, kv: str, excluded: list[str]) -> dict[str, Any
     section: dict[str, Any] = {"quant_algo": algorithm, "exclude_modules": excluded}
     if "NVFP4" in algorithm:
         section["group_size"] = NVFP4_BLOCK
-    section["kv_cache_quant_algo"] = "FP8" if kv == "fp8" else None
+    section["kv_cache_quant_algo"] = KV_ALGORITHMS.get(kv)
     return section
 
 
@@ -107,6 +111,8 @@ def _config_section(quantization: dict[str, Any], activations: bool) -> dict[str
         "producer": _producer(),
         "quant_method": "modelopt",
     }
-    if quantization["kv_cache_quant_algo"] == "FP8":
+    if quantization["kv_cache_quant_algo"] == "NVFP4":
+        section["kv_cache_scheme"] = "NVFP4"
+    elif quantization["kv_cache_quant_algo"] == "FP8":
         section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return section
