@@ -163,10 +163,7 @@ class ExportConfig:
 class EvalConfig:
     tasks: list[str] = leaf("multiple choice: boolq, piqa, openbookqa, ... or *.jsonl files; [] is perplexity alone")
     limit: int | None = leaf("questions of each task, spread evenly over it; null is all", low=2)
-    baseline: str | None = leaf(
-        "compared with: source (the model as it came), none, or a directory of an artifact, run or model; "
-        "null is source where there are tasks, else none"
-    )
+    baseline: str | None = leaf("source (the model as it came), none, or a directory; null: source if there are tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from megatron_edge.compose import compose
 from tools import accuracy_report as report
 from tools.accuracy_study import METHODS, TUNED, jobs_of, parse, tuned_job
 
-FORMATS = ("int4_awq+fp8:3", "nvfp4+fp8:2", "fp8", "nvfp4_w4a16")
+FORMATS = ("int4_awq+fp8:3", "nvfp4+fp8:2", "w4a8_awq", "fp8", "nvfp4_w4a16")
 
 
 def arguments(*more: str) -> Any:
@@ -26,7 +26,7 @@ def arguments(*more: str) -> Any:
 def test_every_job_is_one_that_the_launcher_takes() -> None:
     args = arguments("--steps", "7", "--set", "qad", "train.learning_rate=2e-4", "--", "data.eval_tokens=64")
     jobs = jobs_of(args, Path("tuned"))
-    assert len({job.name for job in jobs}) == len(jobs) == 1 + 1 + 7 + 7 + 7  # bf16, rtn; ptq, qat and qad by seed
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 + 8 + 8 + 8  # bf16, rtn; ptq, qat and qad by seed
     first = [job.method for job in jobs[:6]]
     assert set(first) == {"ptq", "rtn", "bf16"}, "what is compared with comes first"
     for job in [tuned_job(args), *jobs]:
@@ -36,7 +36,7 @@ def test_every_job_is_one_that_the_launcher_takes() -> None:
         assert config.train.steps == (200 if job.method == TUNED else 0 if job.method in ("ptq", "rtn") else 7)
         assert config.train.seed == job.seed
         assert config.kv.format == ("fp8" if "+fp8" in job.format else "none")
-        assert (config.quant.algorithm == "awq") == (job.format.startswith("int4_awq") and job.method != "rtn")
+        assert (config.quant.algorithm == "awq") == ("_awq" in job.format and job.method != "rtn")
         assert config.model.source == ("tuned" if job.method != TUNED else args.model_source)
         assert config.train.learning_rate == {"qad": 2e-4}.get(job.method, config.train.learning_rate)
 
