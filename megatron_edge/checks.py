@@ -234,8 +234,8 @@ def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
         if table.format == "int4" and table.group_size not in device.group_sizes:
             raise InputError(
                 f"quant.embedding_group_size={quant.embedding_group_size}: the {table.shape[1]} values of a row of "
-                f"{table.name} allow groups of {table.group_size}, which device={device.name} ({device.runtime}) does not "
-                f"read; allowed: {list(device.group_sizes)}"
+                f"{table.name} allow groups of {table.group_size}, which device={device.name} ({device.runtime}) does "
+                f"not read; allowed: {list(device.group_sizes)}"
             )
         if table.format != "bf16" and device.runtime == "llama.cpp" and table.shape[1] % 32:
             raise InputError(

@@ -19,8 +19,8 @@ from megatron_edge.families import dims_of, rules_of
 @dataclass(frozen=True)
 class Table:
     """One row of `shape[1]` values for each of `shape[0]` words. `module` is Megatron's, `name` Hugging Face's; int4
-    has a scale per `group_size` values (quant.embedding_group_size, halved until it divides a row); int8 one per row and
-    fp8 one for all, with `group_size` 0."""
+    has a scale per `group_size` values (quant.embedding_group_size, halved until it divides a row); int8 one per row,
+    fp8 one for all (`group_size` 0)."""
 
     module: str
     name: str
@@ -59,6 +59,6 @@ def _group_size(leaf: str, size: int, configured: int) -> int:
         return effective_group_size(size, configured)
     except InputError:
         raise InputError(
-            f"quant.{leaf}=int4: neither quant.embedding_group_size={configured} nor a half of it down to 32 divides the "
-            f"model's hidden_size={size}; allowed: bf16, int8, fp8"
+            f"quant.{leaf}=int4: neither quant.embedding_group_size={configured} nor a half of it down to 32 divides "
+            f"the model's hidden_size={size}; allowed: bf16, int8, fp8"
         ) from None

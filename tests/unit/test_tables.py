@@ -136,7 +136,7 @@ def test_an_impossible_table_is_refused() -> None:
     on_board = compose(["+scenario=gateway", "quant=none", "quant.embedding=int8", "kv=none"])
     with pytest.raises(InputError, match=r"quant.embedding=int8.*llama.cpp packs 32 values"):
         check_model_dims(on_board, odd)
-    with pytest.raises(InputError, match=r"quant.embedding='int8': allowed is bf16: device=jetswide .* no other"):
+    with pytest.raises(InputError, match=r"quant.embedding='int8': allowed is bf16: device=jetson_thor .* no other"):
         check_config(compose(["+scenario=gateway_thor", "quant.embedding=int8"]))
 
 
