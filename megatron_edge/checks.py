@@ -239,10 +239,17 @@ def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     """A table must be one that the model has, and the device must read its blocks."""
     from megatron_edge.artifact.tables import tables_of  # imports torch
 
-    for table in tables_of(config.quant, hf_config):
-        if table.format != "bf16" and config.device.runtime == "llama.cpp" and table.shape[1] % 32:
+    quant, device = config.quant, config.device
+    for table in tables_of(quant, hf_config):
+        if table.format == "int4" and table.group_size not in device.group_sizes:
             raise InputError(
-                f"quant.embedding={config.quant.embedding}, quant.head={config.quant.head}: llama.cpp packs 32 values, "
+                f"quant.embedding_group_size={quant.embedding_group_size}: the {table.shape[1]} values of a row of "
+                f"{table.name} allow groups of {table.group_size}, which device={device.name} ({device.runtime}) does "
+                f"not read; allowed: {list(device.group_sizes)}"
+            )
+        if table.format != "bf16" and device.runtime == "llama.cpp" and table.shape[1] % 32:
+            raise InputError(
+                f"quant.embedding={quant.embedding}, quant.head={quant.head}: llama.cpp packs 32 values, "
                 f"which do not divide the {table.shape[1]} of a row of {table.name}; allowed: bf16"
             )
 

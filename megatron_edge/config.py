@@ -101,6 +101,7 @@ class QuantConfig:
     exclude: list[str] = leaf("patterns (fnmatch, over Megatron module names) that stay unquantised")
     embedding: EmbeddingFormat = leaf("format of the embedding table")
     head: EmbeddingFormat = leaf("format of the output layer; null is the embedding's", derived=True)
+    embedding_group_size: int = leaf("values of a row of an int4 embedding or output layer that share a scale", low=32)
 
 
 @dataclass(frozen=True)
