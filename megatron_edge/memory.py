@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any
 
-from megatron_edge.artifact.formats import effective_group_size, storage_bytes
+from megatron_edge.artifact.formats import storage_bytes
 from megatron_edge.checks import layers_per_chunk
-from megatron_edge.config import QuantConfig, RunConfig
-from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
+from megatron_edge.config import RunConfig
+from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan, QuantRule
 from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shape, rules_of
+from megatron_edge.recipe import quant_rules, rule_of
 
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -91,22 +91,23 @@ def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
     return ParameterCount(embedding, outside, inside, everything - embedding - head - outside - inside, head)
 
 
-def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> int:
-    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised."""
-    excluded = any(fnmatch(f"decoder.layers.{layer}.{linear.module}", pattern) for pattern in quant.exclude)
-    if quant.weight == "none" or excluded:
+def linear_bytes(linear: Linear, layer: int, rules: tuple[QuantRule, ...], excluded: list[str], dtype: str) -> int:
+    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised. `rules` are
+    the recipe's (recipe.quant_rules)."""
+    rule = rule_of(f"decoder.layers.{layer}.{linear.module}", rules, excluded)
+    if rule is None:
         return storage_bytes(dtype, linear.shape)
-    group = effective_group_size(linear.shape[1], quant.group_size) if quant.weight == "int4" else quant.group_size
-    input_scale = 4 if quant.activation != "none" else 0
-    return storage_bytes(quant.weight, linear.shape, group) + input_scale
+    input_scale = 4 if rule.activation != "none" else 0
+    return storage_bytes(rule.weight, linear.shape, rule.group_size) + input_scale
 
 
 def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     """Bytes of all tensors of the canonical artifact: linears in their format, the rest in the training dtype."""
     dtype, count = config.train.precision, count_parameters(hf_config)
+    rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     total = (count.embedding + count.others + count.head) * DTYPE_BYTES[dtype]
     for layer in range(hf_config["num_hidden_layers"]):
-        total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
+        total += sum(linear_bytes(linear, layer, rules, excluded, dtype) for linear in linears(hf_config))
         total += 8 if config.kv.format == "fp8" else 0  # k_scale and v_scale
     return total
 

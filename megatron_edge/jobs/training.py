@@ -212,7 +212,8 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    if plan.algorithm == "awq" or plan.activation != "none" or plan.kv == "fp8":
+    searches = plan.algorithm == "awq" and any(rule.weight == "int4" for rule in plan.rules)
+    if searches or any(rule.activation != "none" for rule in plan.rules) or plan.kv == "fp8":
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 
@@ -220,7 +221,7 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
         step.run_forward(model, calibration, session)
 
     choices: dict[str, awq.AwqChoice] = {}
-    if plan.algorithm == "awq" and plan.weight == "int4":
+    if searches:
         tokens = config.quant.calib_size * config.train.seq_length_tokens
         choices = awq.search_and_fold(
             model, plan, forward_loop, calib_tokens=tokens, awq_tokens=config.quant.awq_tokens

@@ -23,6 +23,7 @@ from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRul
 from megatron_edge.model.build import chunks_of, named_modules
 from megatron_edge.model.layers import PackedAttention
 from megatron_edge.quantize.policy import rule_for
+from megatron_edge.recipe import rule_matches
 from megatron_edge.runtime import compat
 from megatron_edge.runtime.session import compute_device, data_group, expert_groups, tensor_group
 
@@ -109,7 +110,8 @@ def _register() -> None:
 
 
 def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
-    """Adds the plan's quantizers to this shard, not yet calibrated. In place; all ranks call it.
+    """Adds the plan's quantizers to this shard, not yet calibrated, in the place of any that it has. In place; all
+    ranks call it.
 
     Returns:
         How many modules of the whole model each pattern (of rules and exclusions) matches.
@@ -121,6 +123,9 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
     import modelopt.torch.quantization as mtq
 
     _register()
+    for _, quantizer in _quantizers(model):
+        if hasattr(quantizer, "_amax"):
+            delattr(quantizer, "_amax")
     names = {module: name for name, module in named_modules(model)}
     matches = _count_matches(list(names.values()), plan)
     for chunk in chunks_of(model):
@@ -161,13 +166,17 @@ def _attributes(kind: str, group_size: int, args: dict[str, Any]) -> dict[str, A
 
 
 def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
-    patterns = [rule.pattern for rule in plan.rules] + list(plan.excluded)
-    if not patterns:
+    """An override is one rule for each kind of layer that it reaches: all of them count."""
+    mine: dict[str, set[str]] = {}
+    for rule in plan.rules:
+        mine.setdefault(rule.pattern, set()).update(name for name in names if rule_matches(rule, name))
+    for pattern in plan.excluded:
+        mine.setdefault(pattern, set()).update(name for name in names if fnmatch(name, pattern))
+    if not mine:
         return {}
-    mine = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
     everyone: list[dict[str, set[str]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in patterns}
+    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in mine}
     empty = [pattern for pattern, count in matches.items() if count == 0]
     if empty:
         raise InputError(f"quant: patterns {empty} match no module of the model; names look like {names[-3:]}")
@@ -281,6 +290,19 @@ def _quantizers(model: nn.Module) -> list[tuple[str, Any]]:
 def enabled_quantizers(model: nn.Module) -> dict[str, Any]:
     """Enabled quantizers of this shard by their name in the whole model (…linear_fc1.weight_quantizer)."""
     return {name: quantizer for name, quantizer in _quantizers(model) if quantizer.is_enabled}
+
+
+@contextlib.contextmanager
+def only_quantized(model: nn.Module, pattern: str) -> Iterator[None]:
+    """Inside, the quantizers of the modules that `pattern` (fnmatch, names in the whole model) matches are alone."""
+    others = [q for name, q in enabled_quantizers(model).items() if not fnmatch(name.rsplit(".", 1)[0], pattern)]
+    for quantizer in others:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in others:
+            quantizer.enable()
 
 
 @contextlib.contextmanager
