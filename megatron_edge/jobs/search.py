@@ -36,6 +36,7 @@ from megatron_edge.train.divergence import Divergence
 log = logging.getLogger("megatron_edge")
 
 MICRO_BATCH = 4
+RECIPE_KEYS = ("name", "weight", "activation", "group_size", "algorithm", "exclude")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
                 f"search.formats: {name} scales a layer together with its neighbours (algorithm="
                 f"{preset['algorithm']}), which has no loss of its own; allowed: {able}"
             )
-        own = {key: preset[key] for key in ("name", "weight", "activation", "group_size", "algorithm")}
+        own = {key: preset[key] for key in RECIPE_KEYS if key != "exclude"}
         found[name] = replace(config.quant, **own, recipe=[], overrides=[])
     if len(found) < 2 or len(found) < len(config.search.formats):
         raise expected("search.formats", config.search.formats, "at least two different presets of quant=")
@@ -266,7 +267,7 @@ def recipe_text(best: Measured, found: list[Measured], units: list[Unit], option
         f"# KL from the plain model, nats/token: {best.measured:.5f} (single layers sum to {best.predicted:.5f}; "
         f"held-out text {best.heldout:.5f}).",
         *(
-            f"#   beside it: {one.name}, {one.bits_per_weight:.3f} bits, {one.measured:.5f} (held-out {one.heldout:.5f})"
+            f"#   beside it: {one.name}, {one.bits_per_weight:.3f} bits: {one.measured:.5f}, {one.heldout:.5f}"
             for one in found
             if one is not best
         ),

@@ -135,20 +135,16 @@ def choose(options: Sequence[Sequence[Option]], budget_bytes: int) -> list[Optio
     partial: list[tuple[int, float, Any]] = [(0, 0.0, None)]  # bytes, divergence, (option, what came before)
     for index, unit in enumerate(options):
         bound, smallest = after[len(options) - index - 1], least[len(options) - index - 1]
-        grown = sorted(
-            (
-                (size + one.size_bytes, moved + one.divergence, (one, before))
-                for size, moved, before in partial
-                for one in unit
-            ),
-            key=lambda entry: entry[:2],
-        )
+        grown = [
+            (size + o.size_bytes, moved + o.divergence, (o, before)) for size, moved, before in partial for o in unit
+        ]
+        grown.sort(key=lambda entry: entry[:2])
         partial = []
-        for size, moved, chosen in grown:
+        for size, moved, one, before in grown:
             fits = size + smallest <= budget_bytes
             promising = moved + bound - price * (budget_bytes - size) <= limit
             if fits and promising and (not partial or moved < partial[-1][1]):
-                partial.append((size, moved, chosen))
+                partial.append((size, moved, (one, before)))
     chain, picked = partial[-1][2] if partial else None, []
     while chain is not None:
         picked.append(chain[0])
