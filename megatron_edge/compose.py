@@ -188,7 +188,7 @@ def compose_over_run(arguments: Sequence[str]) -> RunConfig:
         raise expected("scenario", fresh.scenario, f"{saved.scenario!r}, which made {directory}")
     changed = replace(saved, parallel=fresh.parallel, run_dir=directory)
     for key in named - {"scenario"}:
-        group, _, name = key.partition(".")
+        group, _, name = key.partition(".") if key != "quant.recipe" else ("quant", "", "")  # its content counts
         value = getattr(fresh, group)
         if name:
             value = replace(getattr(changed, group), **{name: getattr(value, name)})

@@ -8,6 +8,7 @@ has one answer too: `formats.effective_group_size`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
@@ -36,9 +37,14 @@ def quant_rules(quant: QuantConfig, hf_config: Mapping[str, Any]) -> tuple[Quant
     """The base recipe as a rule for each kind of linear layer, then each override for each kind that it matches.
 
     Raises:
-        InputError: an override that matches no linear layer, or a format whose group divides no layer's input.
+        InputError: an override that matches no linear layer, a pattern for some experts of a layer alone, or a format
+            whose group divides no layer's input.
     """
     dims, modules, rules = dims_of(hf_config), linear_modules(hf_config), []
+    patterns = [(f"quant.exclude[{i}]", pattern) for i, pattern in enumerate(quant.exclude)]
+    patterns += [(f"quant.overrides[{i}].pattern", one.pattern) for i, one in enumerate(quant.overrides)]
+    for field, pattern in patterns:
+        _refuse_some_experts(field, pattern, modules)
     if quant.weight != "none":
         for kind, linear in kinds(hf_config).items():
             group = _group(quant.weight, linear, dims, quant.group_size)
@@ -56,6 +62,20 @@ def quant_rules(quant: QuantConfig, hf_config: Mapping[str, Any]) -> tuple[Quant
                 group = _group(one.weight, linear, dims, one.group_size)
                 rules.append(QuantRule(one.pattern, one.weight, one.activation, group, linear=kind))
     return tuple(rules)
+
+
+def _refuse_some_experts(field: str, pattern: str, modules: list[str]) -> None:
+    """Experts of a layer share the scale of their input, and lie on different ranks."""
+    matched: dict[str, set[bool]] = {}
+    for name in modules:
+        together = re.sub(r"(?<=\.local_experts\.)\d+", "*", name)
+        matched.setdefault(together, set()).add(fnmatch(name, pattern))
+    for together, found in matched.items():
+        if len(found) > 1:
+            raise InputError(
+                f"{field}={pattern!r}: matches some experts of a layer and not others; allowed: "
+                f"all or none of {together}"
+            )
 
 
 def rule_matches(rule: QuantRule, name: str) -> bool:

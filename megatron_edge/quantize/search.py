@@ -140,11 +140,11 @@ def choose(options: Sequence[Sequence[Option]], budget_bytes: int) -> list[Optio
         ]
         grown.sort(key=lambda entry: entry[:2])
         partial = []
-        for size, moved, one, before in grown:
+        for size, moved, chosen in grown:
             fits = size + smallest <= budget_bytes
             promising = moved + bound - price * (budget_bytes - size) <= limit
             if fits and promising and (not partial or moved < partial[-1][1]):
-                partial.append((size, moved, (one, before)))
+                partial.append((size, moved, chosen))
     chain, picked = partial[-1][2] if partial else None, []
     while chain is not None:
         picked.append(chain[0])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import SMALL
-from tests.e2e.launches import Finished, hashes, refusal, run, run_all
+from tests.e2e.launches import Finished, hashes, run, run_all
 from tests.e2e.test_job import assert_complete
 
 pytestmark = pytest.mark.timeout(400)
@@ -92,9 +92,3 @@ def test_the_found_recipe_edited_trained_exported_and_verified(
     done = run("export", f"run_dir={run_dir}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hashes(run_dir / "artifact") == before
-
-
-def test_a_target_that_nothing_meets_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    done = run("search", "search.target_bits=4.2", f"model.source={tiny_model}", "run_dir=run", directory=tmp_path)
-    assert done.returncode == 2
-    assert "search.target_bits=4.2: too small" in refusal(done) and "allowed: at least 4.50" in refusal(done)

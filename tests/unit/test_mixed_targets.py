@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from megatron_edge.export.targets import convert
 from megatron_edge.verify.quality import Windows
 from megatron_edge.verify.runtimes import check_target
 
+ROOT = Path(__file__).resolve().parents[2]
 # (weight, activation) by pattern; the first that matches. The last names leave layers alone.
 MIXES = {
     "int4+fp8": {r"layers\.0\.mlp": ("fp8", "fp8"), r"o_proj": ("none", "none"), "": ("int4", "none")},
@@ -101,3 +104,12 @@ def test_a_target_refuses_layers_by_name(tmp_path: Path) -> None:
         assert (linear in str(caught.value)) == (weight == "int4")
     report = convert("hf", reader, tmp_path / "hf")
     assert any("fp8/int4" in line for line in report.dropped)
+
+
+def test_inspect_says_which_layers_have_which_format(tmp_path: Path) -> None:
+    write_mixed(tmp_path, "int4+fp8")
+    command = [sys.executable, str(ROOT / "tools" / "inspect_artifact.py"), str(tmp_path / "canonical")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table = [line.split() for line in printed.split("linears ")[-1].splitlines()]
+    assert ["mlp.up_proj", "fp8,", "fp8", "activations", "0"] in table and ["mlp.up_proj", "int4", "1"] in table
+    assert ["self_attn.o_proj", "unquantised", "0-1"] in table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from fnmatch import fnmatch
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_an_override_over_several_sizes_has_each_ones_group() -> None:
 def test_rules_are_what_a_plain_loop_over_the_recipe_says(sizes: dict[str, Any]) -> None:
     """Random recipes; the bytes of memory.py are the sum over the layers' own formats."""
     names, draw = linear_modules(sizes), random.Random(4)
-    parts = ["*", "*.layers.1.*", "*.mlp.*", "*.linear_qkv", "decoder.layers.[01].*", "*.linear_fc2", names[5]]
+    parts = ["*", "*.layers.1.*", "*.mlp.*", "*.linear_qkv", "decoder.layers.[01].*", "*.linear_fc2", names[0]]
     for _ in range(12):
         entries = [(draw.choice(parts), draw.choice(["none", "fp8", "int4", "nvfp4"])) for _ in range(3)]
         text = ",".join(f'{{pattern:"{pattern}",weight:{weight}}}' for pattern, weight in entries)
@@ -175,6 +176,36 @@ def test_overrides_that_cannot_be_are_refused(arguments: tuple[str, ...], words:
         checks.check_model_dims(run, SMOLLM2)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "quant.overrides=[{pattern:'*.local_experts.2.*',weight:fp8}]",
+        "quant.exclude=['*.1.mlp.*.local_experts.[01].*']",
+    ],
+)
+def test_experts_of_a_layer_have_one_format(argument: str) -> None:
+    """They share the scale of what they read, and the ranks that hold them must agree on what there is."""
+    with pytest.raises(InputError, match=r"all or none of decoder\.layers\.[01]\.mlp\.experts\.local_experts\.\*"):
+        checks.check_model_dims(configured("quant=nvfp4", argument), MIXTRAL)
+    checks.check_model_dims(
+        configured("quant=nvfp4", "quant.overrides=[{pattern:'*.1.*experts*',weight:fp8}]"), MIXTRAL
+    )
+
+
+def test_presets_are_what_hydra_composes_of_their_units() -> None:
+    for name, preset in checks.presets("quant").items():
+        assert preset == dataclasses.asdict(configured(f"quant={name}").quant), name
+
+
+def test_another_recipe_over_a_run_is_refused(tmp_path: Path) -> None:
+    run = configured("quant=fp8", "quant.overrides=[{pattern:'*fc1',weight:none}]", f"run_dir={tmp_path}")
+    (tmp_path / "config.yaml").write_text(config.to_yaml(run))
+    assert compose.compose_over_run([f"run_dir={tmp_path}"]).quant == run.quant
+    (tmp_path / "other.yaml").write_text("overrides: [{pattern: '*fc2', weight: none}]")
+    with pytest.raises(InputError, match=r"quant\.overrides"):
+        compose.compose_over_run([f"run_dir={tmp_path}", "quant=fp8", f"quant.recipe={tmp_path / 'other.yaml'}"])
 
 
 def test_a_mixed_recipe_takes_what_its_formats_allow() -> None:

@@ -18,12 +18,13 @@ from tiny_megatron import hf_config_of, megatron_twin, one_process, random_batch
 
 from megatron_edge import compose, memory
 from megatron_edge.artifact import formats
-from megatron_edge.contracts import InputError
+from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import search as job
 from megatron_edge.quantize import search
 from megatron_edge.quantize.search import Option
 from megatron_edge.train import step
 from megatron_edge.train.divergence import Divergence
+from tests.e2e.tiny_model import write_tiny_model
 
 option = st.builds(
     Option, st.just("x"), st.integers(1, 30), st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1e-9]))
@@ -190,3 +191,19 @@ def test_targets_are_bits_of_a_weight_or_bytes_of_the_whole() -> None:
     uniform = sum(search.size_bytes(unit, whole.quant, SMOLLM2) for unit in units)
     run = compose.compose([f"search.target_bytes={target}", "train.precision=fp32"])
     assert job.budget_of(run, SMOLLM2, units) == uniform
+
+
+def test_what_cannot_be_met_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    same = (f"model.source={source}", f"run_dir={tmp_path / 'run'}", "train.seq_length_tokens=64")
+    for arguments, words in (
+        (("search.target_bits=4.2",), ("search.target_bits=4.2: too small", "at least 4.50", "up to 16")),
+        (("search.target_bytes=400000",), ("search.target_bytes=400000: too small", "allowed: at least")),
+        (("search.target_bits=5", "+scenario=gateway"), ("fp8", "board_2gb")),
+        (("search.target_bits=5", "search.formats=[int4,fp8]", "parallel.tensor=2"), ("parallel.tensor=2", "128")),
+    ):
+        with pytest.raises(InputError) as caught:
+            job.prepare(compose.compose([*same, *arguments]), ParallelPlan())
+        for word in words:
+            assert word in str(caught.value), str(caught.value)
+    assert not (tmp_path / "run").exists()
