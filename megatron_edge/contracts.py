@@ -126,6 +126,9 @@ class QuantPlan:
     rules: tuple[QuantRule, ...] = ()
     excluded: tuple[str, ...] = ()
     embedding: str = "none"
+    smoothquant_alpha: float = 0.5
+    calibration: str = "max"
+    percentile: float = 99.9
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor. `format` is the meaning of its bytes: bf16 | fp32 | fp16 | int4 | nvfp4 | fp8 | scale."""
+    """One stored tensor. `format` says what its bytes mean: bf16 | fp32 | fp16 | int4 | int8 | nvfp4 | fp8 | scale."""
 
     shape: tuple[int, ...]
     dtype: str

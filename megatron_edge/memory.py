@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_edge.artifact.formats import storage_bytes
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS, kv_storage_bytes, storage_bytes
 from megatron_edge.checks import layers_per_chunk
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan, QuantRule
@@ -20,6 +20,8 @@ from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shap
 from megatron_edge.recipe import quant_rules, rule_of
 
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
+DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
+DISTILL_CHUNKS = 8  # buffers of that size: train/distill.py
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -50,7 +52,8 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one rank of one pipeline stage; `activations_bytes` is an estimate."""
+    """Bytes on one rank of one pipeline stage; `activations_bytes` is an estimate. `teacher_bytes` are a teacher's
+    weights, what one layer of it makes, and what the distillation keeps of it."""
 
     stage: int
     parameters: int
@@ -58,10 +61,12 @@ class TrainingMemory:
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    teacher_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        own = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        return own + self.teacher_bytes
 
 
 def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
@@ -108,12 +113,12 @@ def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     total = (count.embedding + count.others + count.head) * DTYPE_BYTES[dtype]
     for layer in range(hf_config["num_hidden_layers"]):
         total += sum(linear_bytes(linear, layer, rules, excluded, dtype) for linear in linears(hf_config))
-        total += 8 if config.kv.format == "fp8" else 0  # k_scale and v_scale
+        total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 
 
 def kv_bytes(fmt: str, hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:
-    """Bytes of a full KV cache of `batch` sequences; "none" is bf16. Static FP8 scales belong to the weights."""
+    """Bytes of a full KV cache of `batch` sequences; "none" is bf16. Static scales belong to the weights."""
     values = (
         2,
         hf_config["num_hidden_layers"],
@@ -122,8 +127,7 @@ def kv_bytes(fmt: str, hf_config: Mapping[str, Any], batch: int, seq_len: int) -
         hf_config["num_key_value_heads"],
         hf_config["head_dim"],
     )
-    per_value = {"none": "bf16", "fp8": "fp8", "int8": "int8"}[fmt]
-    return storage_bytes(per_value, values) - (4 if fmt == "fp8" else 0)
+    return kv_storage_bytes(fmt, values)
 
 
 def device_activations_bytes(hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:
@@ -175,20 +179,21 @@ def refuse_if_over(needed: MemoryPlan, device: DeviceProfile) -> None:
     )
 
 
-def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[TrainingMemory, ...]:
-    """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights."""
-    train, dims = config.train, dims_of(hf_config)
+def training_plan(
+    config: RunConfig,
+    hf_config: Mapping[str, Any],
+    layout: ParallelPlan,
+    teacher: Mapping[str, Any] | None = None,
+) -> tuple[TrainingMemory, ...]:
+    """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights, and a
+    teacher of the config.json `teacher` where there is one."""
+    train = config.train
     micro_batches = max(1, train.global_batch // (train.micro_batch * layout.dp))
-    chunks = layers_per_chunk(dims.num_layers, layout)
-    dense, experts = _layer_parameters(hf_config, layout)
-    embedding = dims.vocab_size * dims.hidden_size // layout.tp
     expert_copies = layout.world_size // (layout.pp * layout.ep * layout.etp)
     stages = []
     for stage in range(layout.pp):
-        first, last = stage == 0, stage == layout.pp - 1
-        layers = sum(chunks[stage :: layout.pp])
-        # A tied output layer on another stage than the embedding is a copy of it.
-        ends = embedding * (first + (last and not (first and dims.tied))) + (dims.hidden_size if last else 0)
+        last = stage == layout.pp - 1
+        layers, dense, experts, ends = _stage_parameters(hf_config, layout, stage)
         parameters = layers * (dense + experts) + ends
         split = config.parallel.distributed_optimizer
         kept = (layers * dense + ends) // (layout.dp * layout.cp if split else 1)
@@ -202,9 +207,41 @@ def training_plan(config: RunConfig, hf_config: Mapping[str, Any], layout: Paral
                 gradients_bytes=parameters * 4,
                 optimizer_bytes=kept * (12 if train.precision == "bf16" else 8) if train.steps else 0,
                 activations_bytes=_training_activations_bytes(config, hf_config, layout, layers, in_flight, last),
+                teacher_bytes=0 if teacher is None else _teacher_bytes(config, teacher, layout, stage, micro_batches),
             )
         )
     return tuple(stages)
+
+
+def _stage_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int) -> tuple[int, int, int, int]:
+    """Layers of a stage, what one rank holds of each (outside and inside of experts), and embeddings and last norm."""
+    dims, first, last = dims_of(hf_config), stage == 0, stage == layout.pp - 1
+    embedding = dims.vocab_size * dims.hidden_size // layout.tp
+    # A tied output layer on another stage than the embedding is a copy of it.
+    ends = embedding * (first + (last and not (first and dims.tied))) + (dims.hidden_size if last else 0)
+    return (
+        sum(layers_per_chunk(dims.num_layers, layout)[stage :: layout.pp]),
+        *_layer_parameters(hf_config, layout),
+        ends,
+    )
+
+
+def _teacher_bytes(
+    config: RunConfig, teacher: Mapping[str, Any], layout: ParallelPlan, stage: int, micro_batches: int
+) -> int:
+    """A teacher's weights, the activations of one of its layers (an estimate), and on the last stage the hidden states
+    that it leaves for each micro-batch and the chunks of logits."""
+    train, size = config.train, DTYPE_BYTES[config.train.precision]
+    layers, dense, experts, ends = _stage_parameters(teacher, layout, stage)
+    kept = 0
+    if stage == layout.pp - 1:
+        split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+        tokens = micro_batches * train.micro_batch * train.seq_length_tokens // split
+        logits = train.micro_batch * train.seq_length_tokens // layout.cp * teacher["vocab_size"] // layout.tp
+        kept = tokens * teacher["hidden_size"] * size + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, 4 * logits)
+        kept += size * logits  # the student's gradient, which is made with the loss
+    inside = _training_activations_bytes(config, teacher, layout, layers=1, in_flight=1, last=False)
+    return (layers * (dense + experts) + ends) * size + inside + kept
 
 
 def _layer_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[int, int]:

@@ -170,7 +170,7 @@ def compose(job_arguments: list[str], name: str) -> Any:
         "train.seq_length_tokens": SEQ_LENGTH_TOKENS, "quant.calib_size": CALIBRATION_WINDOWS, "quant.awq_tokens": 256,
     }  # fmt: skip
     arguments = [f"quant={quant}", f"kv={kv or 'none'}", *(f"{key}={value}" for key, value in own.items())]
-    kept = [a for a in job_arguments if not (a.startswith("quant.group_size=") and not quant.startswith("int4"))]
+    kept = [a for a in job_arguments if not a.startswith("quant.group_size=") or quant.startswith(("int4", "w4a8"))]
     return composed(arguments + kept)
 
 

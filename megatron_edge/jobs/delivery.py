@@ -21,7 +21,7 @@ from megatron_edge.export.compress import compress
 from megatron_edge.families import dims_of
 from megatron_edge.jobs.preflight import CONFIG_FILE
 from megatron_edge.log import console
-from megatron_edge.model.source import ModelSource, load_tokenizer, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, load_tokenizer, open_model
 from megatron_edge.quantize import policy
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.verify.report import Limits, Verification, table, verify_artifact
@@ -37,7 +37,7 @@ def finish(config: RunConfig) -> None:
     Raises:
         VerificationFailed: a check does not hold; everything is on disk nevertheless.
     """
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     _export(config, source)
     report = _verify(config, source.hf_config)
     _summary(config, report)
@@ -47,7 +47,7 @@ def finish(config: RunConfig) -> None:
 def export(config: RunConfig, launch: Launch) -> None:
     """run_dir's newest checkpoint as the canonical artifact and export.targets. Rank 0 does it."""
     if launch.rank == 0:
-        _export(config, open_source(resolve_source(config.model.source, config.model.revision)))
+        _export(config, open_model(config.model))
 
 
 def verify(config: RunConfig, launch: Launch) -> None:

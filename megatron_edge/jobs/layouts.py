@@ -30,12 +30,18 @@ class Choice:
 
 
 def choose(
-    config: RunConfig, hf_config: Mapping[str, Any], world_size: int, local_world_size: int, memory_bytes: int
+    config: RunConfig,
+    hf_config: Mapping[str, Any],
+    world_size: int,
+    local_world_size: int,
+    memory_bytes: int,
+    teacher: Mapping[str, Any] | None = None,
 ) -> Choice:
     """The layout with the least model parallelism that fits `memory_bytes` per rank.
 
     Args:
         local_world_size: ranks of one host; tensor parallelism stays inside of it.
+        teacher: the teacher's config.json, where there is one.
 
     Raises:
         InputError: no layout of this world fits, with what the best one would need.
@@ -48,7 +54,9 @@ def choose(
             checks.check_config(candidate)
             checks.check_batches(candidate, plan)
             checks.check_model_dims(candidate, dict(hf_config))
-            needed = max(stage.total_bytes for stage in memory.training_plan(candidate, hf_config, plan))
+            if teacher is not None:
+                checks.check_teacher_dims(candidate, teacher)
+            needed = max(stage.total_bytes for stage in memory.training_plan(candidate, hf_config, plan, teacher))
         except InputError:
             continue
         tried.append((needed, plan, parallel))

@@ -19,7 +19,8 @@ from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import layouts
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.jobs.teacher import check_teacher, teacher_source
+from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.train.data import load_data
 
@@ -39,9 +40,10 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     _check_backend(config)
-    source = open_source(resolve_source(config.model.source, config.model.revision))
-    config, layout = _chosen(config, layout, source)
-    _check_model(config, source)
+    source = open_model(config.model)
+    teacher = teacher_source(config, source)
+    config, layout = _chosen(config, layout, source, teacher)
+    _check_model(config, source, teacher, layout)
     checks.layers_per_chunk(source.hf_config["num_hidden_layers"], layout)
     memory.refuse_if_over(memory.plan(config, source.hf_config), config.device)
     _take_run_directory(config)
@@ -50,7 +52,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     if config.resume == "never":
         _clear(Path(config.run_dir))
     _write_config(config)
-    _write_plan(config, source.hf_config, layout)
+    _write_plan(config, source.hf_config, layout, teacher.hf_config if teacher else None)
     return config
 
 
@@ -65,36 +67,45 @@ def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf1
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
-def _chosen(config: RunConfig, layout: ParallelPlan, source: ModelSource) -> tuple[RunConfig, ParallelPlan]:
+def _chosen(
+    config: RunConfig, layout: ParallelPlan, source: ModelSource, teacher: ModelSource | None
+) -> tuple[RunConfig, ParallelPlan]:
     """parallel=auto: the layout that is chosen for the processes of `layout`; else as they are."""
     if not config.parallel.auto:
         return config, layout
     size = rank_memory_bytes(config)
-    found = layouts.choose(config, source.hf_config, layout.world_size, local_world_size(), size)
+    taught = teacher.hf_config if teacher else None
+    found = layouts.choose(config, source.hf_config, layout.world_size, local_world_size(), size, taught)
     log.info("%s", found.reason)
     return replace(config, parallel=found.parallel), found.plan
 
 
+_ACCELERATORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "te": {"TransformerEngine": ("transformer_engine",)},
+    "apex": {"NVIDIA's apex (PyPI's is another package)": ("fused_layer_norm_cuda", "amp_C")},
+}
+
+
 def _check_backend(config: RunConfig) -> None:
     """Asking for an accelerator that is absent is an error, never a silent fallback."""
-    if config.model.backend == "te":
-        import torch
+    import torch
 
-        missing = [
-            name
-            for name, there in (
-                ("TransformerEngine", find_spec("transformer_engine") is not None),
-                ("a CUDA device", torch.cuda.is_available()),
-            )
-            if not there
-        ]
-        if missing:
-            raise InputError(f"model.backend=te: {' and '.join(missing)} is missing here; allowed: local")
+    backend = config.model.backend
+    wanted = _ACCELERATORS.get(backend, {})
+    missing = [name for name, modules in wanted.items() if not all(map(find_spec, modules))]
+    if wanted and not torch.cuda.is_available():
+        missing.append("a CUDA device")
+    if missing:
+        raise InputError(
+            f"model.backend={config.model.backend}: {' and '.join(missing)} is missing here; allowed: local"
+        )
 
 
-def _check_model(config: RunConfig, source: ModelSource) -> None:
+def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:
     checks.check_model_dims(config, source.hf_config)
     source.tokenizer()
+    if teacher is not None:
+        check_teacher(config, source, teacher, layout)
 
 
 def local_world_size() -> int:
@@ -151,9 +162,11 @@ def _write_config(config: RunConfig) -> None:
     partial.replace(saved)
 
 
-def _write_plan(config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan) -> None:
+def _write_plan(
+    config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan, teacher: dict[str, Any] | None
+) -> None:
     device = memory.plan(config, hf_config)
-    training = memory.training_plan(config, hf_config, layout)
+    training = memory.training_plan(config, hf_config, layout, teacher)
     record = {
         "device": {"name": config.device.name, "runtime": config.device.runtime, **asdict(device)},
         "device_total_bytes": device.total_bytes,
@@ -170,15 +183,25 @@ def plan(config: RunConfig, launch: Launch) -> None:
     from megatron_edge.log import console
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    source = open_source(resolve_source(config.model.source, config.model.revision))
-    config, layout = _chosen(config, replace(launch.plan, world_size=launch.world_size), source)
-    _check_model(config, source)
+    source = open_model(config.model)
+    teacher = teacher_source(config, source)
+    config, layout = _chosen(config, replace(launch.plan, world_size=launch.world_size), source, teacher)
+    _check_model(config, source, teacher, layout)
     hf_config = source.hf_config
     needed = memory.plan(config, hf_config)
-    table = Table("where", "weights", "KV / gradients", "activations", "runtime / optimizer", "total", "budget")
+    table = Table(
+        "where",
+        "weights (teacher's too)" if teacher else "weights",
+        "KV / gradients",
+        "activations",
+        "runtime / optimizer",
+        "total",
+        "budget",
+    )
     mib = 2**20
-    for stage in memory.training_plan(config, hf_config, layout):
-        parts = (stage.weights_bytes, stage.gradients_bytes, stage.activations_bytes, stage.optimizer_bytes)
+    for stage in memory.training_plan(config, hf_config, layout, teacher.hf_config if teacher else None):
+        weights = stage.weights_bytes + stage.teacher_bytes
+        parts = (weights, stage.gradients_bytes, stage.activations_bytes, stage.optimizer_bytes)
         table.add_row(
             f"training, stage {stage.stage}", *(f"{part / mib:,.0f}" for part in (*parts, stage.total_bytes)), ""
         )

@@ -36,13 +36,15 @@ from megatron_edge.train.divergence import Divergence
 log = logging.getLogger("megatron_edge")
 
 MICRO_BATCH = 4
-RECIPE_KEYS = ("name", "weight", "activation", "group_size", "algorithm", "exclude")
+LAYERS_FILE = "layer_divergence.json"
+CHOSEN_KEYS = ("name", "weight", "activation", "group_size", "algorithm")
+RECIPE_KEYS = (*CHOSEN_KEYS, "calibration", "percentile", "exclude")
 
 
 @dataclass(frozen=True)
 class Measured:
     """One recipe for the whole model: bytes of the linear layers; KL on the search's text, summed over single units and
-    measured, and on held-out text."""
+    measured, and on held-out text; the loss on held-out text, in nats per token."""
 
     name: str
     size_bytes: int
@@ -50,6 +52,7 @@ class Measured:
     predicted: float
     measured: float
     heldout: float
+    heldout_loss: float
     recipe: QuantConfig
 
 
@@ -70,7 +73,7 @@ def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
                 f"search.formats: {name} scales a layer together with its neighbours (algorithm="
                 f"{preset['algorithm']}), which has no loss of its own; allowed: {able}"
             )
-        own = {key: preset[key] for key in RECIPE_KEYS if key != "exclude"}
+        own = {key: preset[key] for key in CHOSEN_KEYS}
         found[name] = replace(config.quant, **own, recipe=[], overrides=[])
     if len(found) < 2 or len(found) < len(config.search.formats):
         raise expected("search.formats", config.search.formats, "at least two different presets of quant=")
@@ -107,7 +110,8 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     checks.check_run_dir(config)
     source = open_source(resolve_source(config.model.source, config.model.revision))
     for recipe in recipes.values():
-        one = replace(config, quant=recipe, export=replace(config.export, targets=targets_able(recipe)))
+        alone = replace(recipe, calibration="max")  # not each format has what the asked one acts on
+        one = replace(config, quant=alone, export=replace(config.export, targets=targets_able(recipe)))
         checks.check_config(one)
         checks.check_model_dims(one, source.hf_config)
         quant_rules(recipe, source.hf_config)
@@ -157,7 +161,7 @@ def search(config: RunConfig, launch: Launch) -> None:
             hf_config, launch.plan, DTYPES[config.train.precision], session.device, backend=config.model.backend
         )
         load_weights(model, source.read, hf_config, session)
-        job = _Search(config, session, model, hf_config, data, units, recipes, budget)
+        job = _Search(config, session, model, hf_config, data, units, recipes, budget, source.fingerprint())
         options = job.measure()
         found = job.compare(options)
     if launch.rank == 0:
@@ -177,27 +181,58 @@ class _Search:
         units: list[Unit],
         recipes: Mapping[str, QuantConfig],
         budget: int,
+        fingerprint: Any,
     ) -> None:
         self.config, self.session, self.model, self.hf_config = config, session, model, hf_config
         self.units, self.recipes, self.budget = units, recipes, budget
+        self.measured_on = {"model": fingerprint, "data": data.fingerprint, "windows": config.search.windows}
+        self.measured_on |= {"seed": config.train.seed, "precision": config.train.precision}
         calibration = _batches(data.train.calibration(config.quant.calib_size))
         measured = _batches(data.train.calibration(config.search.windows))
         heldout = _batches(data.heldout.evaluation(config.search.windows * config.train.seq_length_tokens))
+        self.evaluated = _batches(data.heldout.evaluation(config.data.eval_tokens))
         self.forward_loop = lambda _: step.run_forward(model, calibration, session)
         mark("the plain model's predictions")
+        self.plain_loss = step.evaluate(model, self.evaluated, session)
+        log.info("held-out loss, the model as it came: %.4f nats/token", self.plain_loss)
         self.divergence, self.heldout = (Divergence(model, text, session) for text in (measured, heldout))
 
     def measure(self) -> list[list[Option]]:
+        """What run_dir holds already of the same measurement is not made again: another target costs seconds."""
         mark("measuring layers")
-        return searching.measure(
-            self.model,
-            self.units,
-            self.recipes,
-            self.hf_config,
-            self.forward_loop,
-            self.divergence,
-            self.session.rank,
-        )
+        known = self.session.on_rank_0(self._read_layers)
+        for name, recipe in self.recipes.items():
+            if name not in known:
+                known[name] = searching.measure(
+                    self.model,
+                    self.units,
+                    recipe,
+                    self.hf_config,
+                    self.forward_loop,
+                    self.divergence,
+                    self.session.rank,
+                )
+                self.session.on_rank_0(lambda: self._write_layers(known))
+        return searching.options_of(self.units, self.recipes, self.hf_config, known)
+
+    def _write_layers(self, known: dict[str, list[float]]) -> None:
+        path, units = Path(self.config.run_dir) / LAYERS_FILE, [unit.pattern for unit in self.units]
+        partial = path.with_suffix(".partial")
+        recipes = {name: asdict(self.recipes[name]) for name in known if name in self.recipes}
+        record = {"measured_on": self.measured_on, "units": units, "recipes": recipes, "divergence": known}
+        partial.write_text(json.dumps(record, indent=1))
+        partial.replace(path)
+
+    def _read_layers(self) -> dict[str, list[float]]:
+        path = Path(self.config.run_dir) / LAYERS_FILE
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if record.get("measured_on") != self.measured_on or record["units"] != [unit.pattern for unit in self.units]:
+            return {}
+        return {
+            name: record["divergence"][name]
+            for name, recipe in self.recipes.items()
+            if record["recipes"].get(name) == asdict(recipe)
+        }
 
     def compare(self, options: list[list[Option]]) -> list[Measured]:
         """The choice first, then what the same bytes give without a search: whole recipes, all measured."""
@@ -218,8 +253,9 @@ class _Search:
         recipe = searching.as_recipe(name, self.units, [one.name for one in picked], self.recipes)
         searching.quantize(self.model, recipe, self.hf_config, self.forward_loop)
         moved, heldout = self.divergence(self.model), self.heldout(self.model)
+        loss = step.evaluate(self.model, self.evaluated, self.session)
         size, predicted = sum(one.size_bytes for one in picked), sum(one.divergence for one in picked)
-        return Measured(name, size, self._bits(picked), predicted, moved, heldout, recipe)
+        return Measured(name, size, self._bits(picked), predicted, moved, heldout, loss, recipe)
 
     def _bits(self, picked: list[Option]) -> float:
         return 8 * sum(one.size_bytes for one in picked) / sum(unit.num_weights for unit in self.units)
@@ -265,9 +301,10 @@ def recipe_text(best: Measured, found: list[Measured], units: list[Unit], option
     lines = [
         f"# {best.bits_per_weight:.3f} bits per weight: {best.size_bytes:,} bytes of linear layers, scales included.",
         f"# KL from the plain model, nats/token: {best.measured:.5f} (single layers sum to {best.predicted:.5f}; "
-        f"held-out text {best.heldout:.5f}).",
+        f"held-out text {best.heldout:.5f}, loss {best.heldout_loss:.4f}).",
         *(
-            f"#   beside it: {one.name}, {one.bits_per_weight:.3f} bits: {one.measured:.5f}, {one.heldout:.5f}"
+            f"#   beside it: {one.name}, {one.bits_per_weight:.3f} bits: {one.measured:.5f}, {one.heldout:.5f}, loss "
+            f"{one.heldout_loss:.4f}"
             for one in found
             if one is not best
         ),
@@ -291,10 +328,12 @@ def recipe_text(best: Measured, found: list[Measured], units: list[Unit], option
 def _table(found: list[Measured], budget: int, best: Measured) -> Any:
     from rich.table import Table
 
-    shown = Table("recipe", "bits/weight", "bytes", "KL, predicted", "KL, measured", "KL, held-out", "")
-    shown.title = f"linear layers in {budget:,} bytes; KL from the plain model in nats/token"
+    shown = Table(
+        "recipe", "bits/weight", "bytes", "KL, predicted", "KL, measured", "KL, held-out", "loss, held-out", ""
+    )
+    shown.title = f"linear layers in {budget:,} bytes; KL from the plain model, and loss, in nats/token"
     for one in found:
         note = "written" if one is best else "" if one.size_bytes <= budget else "too large"
-        numbers = (f"{one.predicted:.5f}", f"{one.measured:.5f}", f"{one.heldout:.5f}")
+        numbers = (f"{one.predicted:.5f}", f"{one.measured:.5f}", f"{one.heldout:.5f}", f"{one.heldout_loss:.4f}")
         shown.add_row(one.name, f"{one.bits_per_weight:.3f}", f"{one.size_bytes:,}", *numbers, note)
     return shown

@@ -17,17 +17,20 @@ import torch
 from torch import nn
 
 from megatron_edge import checkpoint as checkpoints
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS
 from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs.delivery import finish
+from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
-from megatron_edge.quantize import apply, awq, policy
+from megatron_edge.model.source import ModelSource, open_model
+from megatron_edge.quantize import apply, awq, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
 from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
+from megatron_edge.train.distill import Distillation
 from megatron_edge.train.loop import fit
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class _Run:
     plan: QuantPlan
     data: TrainingData
     heldout: list[Batch]
+    teacher: ModelSource | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,11 +75,12 @@ class _Run:
 
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
-        model = _build(run)
+        run.teacher = teacher_source(config, source)
+        model = _build(run, run.source)
         found = _checkpoint_to_resume(run)
         if found is None:
             _import_and_calibrate(run, model)
@@ -96,7 +101,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
     Raises:
         InputError: no intact checkpoint, or a layout that the model does not divide into.
     """
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     check_model_dims(config, source.hf_config)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
@@ -104,7 +109,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         found = checkpoints.find_newest(run.checkpoint_dir, session)
         if found is None:
             raise InputError(f"run_dir={config.run_dir!r}: no intact checkpoint there; allowed: a run that saved one")
-        model = _build(run)
+        model = _build(run, run.source)
         apply.insert_quantizers(model, plan)
         checkpoints.load_checkpoint(found, model, None, plan, session)
         reference.round_unquantised(model)  # as the artifact stores it
@@ -135,10 +140,10 @@ def _prepare_run(config: RunConfig, session: Session, source: ModelSource, plan:
     return _Run(config, session, source, plan, data, heldout)
 
 
-def _build(run: _Run) -> nn.ModuleList:
+def _build(run: _Run, source: ModelSource) -> nn.ModuleList:
     plan, device, config = run.session.plan, run.session.device, run.config
     return build_model(
-        run.source.hf_config, plan, run.dtype, device, config.parallel.recompute, backend=config.model.backend
+        source.hf_config, plan, run.dtype, device, config.parallel.recompute, backend=config.model.backend
     )
 
 
@@ -168,6 +173,8 @@ def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
         )
     if found.extra["model"] != run.source.fingerprint():
         raise InputError(f"model.source: {found.path} was trained from another model than {run.source.path}")
+    if run.teacher is not None and found.extra["teacher"] != run.teacher.fingerprint():
+        raise InputError(f"train.teacher: {found.path} was taught by another model than {run.teacher.path}")
     log.info("resuming from %s", found.path)
     return found
 
@@ -178,6 +185,8 @@ def _import_and_calibrate(run: _Run, model: nn.Module) -> None:
     mark("importing the model")
     load_weights(model, run.source.read, run.source.hf_config, session)
     run.extra |= {"data": run.data.fingerprint, "model": run.source.fingerprint()}
+    if run.teacher is not None:
+        run.extra["teacher"] = run.teacher.fingerprint()
     run.losses["bf16" if run.dtype is torch.bfloat16 else "fp32"] = _evaluate(run, model, "the model as it came")
     report = _calibrate(run, model)
     if plan.rules or plan.kv != "none":
@@ -212,8 +221,8 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    searches = plan.algorithm == "awq" and any(rule.weight == "int4" for rule in plan.rules)
-    if searches or any(rule.activation != "none" for rule in plan.rules) or plan.kv == "fp8":
+    on_data = any(rule.activation != "none" for rule in plan.rules)
+    if plan.algorithm != "max" or on_data or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 
@@ -221,11 +230,13 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
         step.run_forward(model, calibration, session)
 
     choices: dict[str, awq.AwqChoice] = {}
-    if searches:
+    if plan.algorithm in ("awq", "awq_clip"):
         tokens = config.quant.calib_size * config.train.seq_length_tokens
         choices = awq.search_and_fold(
             model, plan, forward_loop, calib_tokens=tokens, awq_tokens=config.quant.awq_tokens
         )
+    elif plan.algorithm == "smoothquant":
+        smoothquant.smooth_and_fold(model, plan, forward_loop)
     matches = apply.insert_quantizers(model, plan)
     report = apply.calibrate(model, plan, matches, forward_loop)
     if matches:
@@ -258,6 +269,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     if found.step >= steps:
         return wrapped
     batches = BatchPlan(run.data.train, config.train.global_batch, config.train.micro_batch)
+    objective = _objective(run)
     with (
         MetricsWriter(run.directory, session.rank, after_step=found.step) as metrics,
         TrainingProgress(steps, found.step, session.rank, config.train.log_every_steps) as progress,
@@ -276,8 +288,19 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
             start_step=found.step,
             save=lambda at: _save(run, at, wrapped, optimizer),
             report=report,
+            objective=objective,
         )
     return wrapped
+
+
+def _objective(run: _Run) -> step.Objective:
+    """What training minimises; under train=qad it holds the teacher: in the student's layout and dtype, plain."""
+    if run.teacher is None:
+        return step.LABELS
+    mark("building the teacher")
+    teacher = _build(run, run.teacher)
+    load_weights(teacher, run.teacher.read, run.teacher.hf_config, run.session)
+    return Distillation(teacher, run.config.train, run.session)
 
 
 def _save(run: _Run, at: int, model: nn.Module, optimizer: Any | None) -> None:

@@ -17,11 +17,11 @@ from megatron_edge.checks import layers_per_chunk
 from megatron_edge.contracts import InputError, ParallelPlan, ParamRule
 from megatron_edge.families import dims_of, family_of, find_rule, pieces, renormalises, rules_of
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
-from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
+from megatron_edge.model.layers import FusedRMSNorm, PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
 Recompute = Literal["none", "selective", "full"]
-Backend = Literal["local", "te"]
+Backend = Literal["local", "apex", "te"]
 
 
 def transformer_config(
@@ -178,7 +178,7 @@ def _set_layers(layer: Any, config: Any, backend: Backend) -> Any:
     if config.num_moe_experts:
         mlp.experts.module = experts_class()
         linears = mlp.experts.submodules
-    norm: Any = RMSNorm
+    norm: Any = FusedRMSNorm if backend == "apex" else RMSNorm
     if backend == "te":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 

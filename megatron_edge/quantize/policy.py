@@ -14,7 +14,7 @@ from megatron_edge.recipe import quant_rules, rule_of
 
 
 def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
-    """`quant` has weight, activation, group_size, algorithm, overrides and exclude; `kv` has format (config.py).
+    """`quant` is a QuantConfig, `kv` a KvConfig (config.py).
 
     Raises:
         InputError: an override that matches no layer, or a weight format whose group divides no layer's input.
@@ -27,6 +27,9 @@ def make_plan(quant: Any, kv: Any, hf_config: Mapping[str, Any]) -> QuantPlan:
         algorithm=quant.algorithm,
         rules=quant_rules(quant, hf_config),
         excluded=tuple(quant.exclude),
+        smoothquant_alpha=quant.smoothquant_alpha,
+        calibration=quant.calibration,
+        percentile=quant.percentile,
     )
 
 

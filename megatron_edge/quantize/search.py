@@ -92,28 +92,32 @@ def quantize(
 def measure(
     model: nn.Module,
     units: Sequence[Unit],
-    recipes: Recipes,
+    recipe: QuantConfig,
     hf_config: Mapping[str, Any],
     forward_loop: Callable[[nn.Module], None],
     divergence: Callable[[nn.Module], float],
     rank: int,
-) -> list[list[Option]]:
-    """Options of each unit, in the order of `recipes`. All ranks call it and have the same result.
+) -> list[float]:
+    """`divergence` of the model from the plain one with each unit alone quantised as `recipe` says; `forward_loop`
+    calibrates. All ranks call it and have the same result."""
+    if recipe.weight == "none":
+        return [0.0] * len(units)
+    quantize(model, recipe, hf_config, forward_loop)
+    found = []
+    for unit in track(units, f"measuring {recipe.name}", len(units), rank):
+        with apply.only_quantized(model, unit.pattern):
+            found.append(divergence(model))
+    return found
 
-    `forward_loop` calibrates; `divergence` is of the model as it stands from the plain one.
-    """
-    options: list[list[Option]] = [[] for _ in units]
-    for name, recipe in recipes.items():
-        if recipe.weight != "none":
-            quantize(model, recipe, hf_config, forward_loop)
-        progress = track(zip(units, options, strict=True), f"measuring {name}", len(units), rank)
-        for unit, found in progress:
-            moved = 0.0
-            if recipe.weight != "none":
-                with apply.only_quantized(model, unit.pattern):
-                    moved = divergence(model)
-            found.append(Option(name, size_bytes(unit, recipe, hf_config), moved))
-    return options
+
+def options_of(
+    units: Sequence[Unit], recipes: Recipes, hf_config: Mapping[str, Any], moved: Mapping[str, Sequence[float]]
+) -> list[list[Option]]:
+    """Options of each unit, in the order of `recipes`; `moved` has what `measure` found, by the recipe's name."""
+    return [
+        [Option(name, size_bytes(unit, recipe, hf_config), moved[name][i]) for name, recipe in recipes.items()]
+        for i, unit in enumerate(units)
+    ]
 
 
 def choose(options: Sequence[Sequence[Option]], budget_bytes: int) -> list[Option] | None:

@@ -18,7 +18,7 @@ from megatron_edge.contracts import Diverged, StoppedBySignal
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import BatchPlan
-from megatron_edge.train.step import StepResult, learning_rate_schedule, train_step
+from megatron_edge.train.step import LABELS, Objective, StepResult, learning_rate_schedule, train_step
 
 log = logging.getLogger("megatron_edge")
 
@@ -54,8 +54,9 @@ def fit(
     start_step: int,
     save: Callable[[int], None],
     report: Callable[[dict[str, float]], None],
+    objective: Objective = LABELS,
 ) -> None:
-    """Trains from `start_step` to `train.steps`. All ranks call it.
+    """Trains from `start_step` to `train.steps`, towards `objective`. All ranks call it.
 
     `save(step)` writes a checkpoint of the state after `step` steps; `report` gets each step's metrics once.
 
@@ -72,7 +73,7 @@ def fit(
             began = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
             result = train_step(
-                model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session
+                model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session, objective
             )
             schedule.step(1)
             skipped = 0 if result.applied else skipped + 1
@@ -114,6 +115,7 @@ def _metrics(step: int, result: StepResult, learning_rate: float, seconds: float
         "tokens_per_second": result.tokens / seconds,
         "step_seconds": seconds,
         "skipped": float(not result.applied),
+        **result.parts,
     }
     for rank, used in enumerate(memory_bytes_per_rank(session)):
         metrics[f"memory_bytes_rank{rank}"] = used

@@ -146,7 +146,7 @@ def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: 
             }
             if quantizer is not None and chosen is not None:
                 amax = quantizer._amax
-                if chosen.weight == "int4":
+                if formats.scales_per_row(chosen.weight, param.shape[1], chosen.group_size):
                     amax = amax.reshape(param.shape[0], -1)[rows]
                 entry |= _code_hashes(chosen, param.detach()[rows], amax)
             entries.append(entry)
@@ -183,5 +183,5 @@ def _static_scales(model: nn.Module, hf_config: dict) -> tuple[dict[str, Any], d
                 activations[target.removesuffix(".weight")] = {"format": kind, "input_scale": scale}
         elif role in ("k_bmm_quantizer", "v_bmm_quantizer"):
             layer = module.split(".")[2]
-            kv.setdefault(layer, {})[f"{role[0]}_scale"] = float(formats.tensor_scale("fp8", quantizer._amax))
+            kv.setdefault(layer, {})[f"{role[0]}_scale"] = float(formats.tensor_scale(kind, quantizer._amax))
     return activations, kv

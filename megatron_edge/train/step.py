@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,25 +20,29 @@ from megatron_edge.train.data import Batch, attention_mask
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss is the mean over the global batch's counted tokens, in nats; equal on all ranks. `applied` is False where
-    loss or gradient was not finite: weights and optimizer are as before."""
+    """loss is what was minimised, the mean over the global batch's counted tokens, in nats; equal on all ranks. `parts`
+    are other means of the objective's, by metric. `applied` is False where loss or gradient was not finite: weights and
+    optimizer are as before."""
 
     loss: float
     gradient_norm: float
     tokens: int
     applied: bool
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class DeviceBatch:
     """This rank's part of a micro-batch on the device, with its attention mask (bool [b, 1, s, t], True: not allowed):
-    s is the part of the text that context parallelism gives to this rank, t all of it."""
+    s is the part of the text that context parallelism gives to this rank, t all of it. `target` is what an objective
+    compares with, beside the labels."""
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     loss_mask: Tensor
     attention_mask: Tensor
+    target: Tensor | None = None
 
 
 def to_device(batch: Batch, session: Session) -> DeviceBatch:
@@ -131,38 +135,69 @@ def _losses(output: Tensor, batch: DeviceBatch) -> tuple[Tensor, Tensor, dict[st
     return total, tokens, {"total": total.detach(), "tokens": tokens.detach()}
 
 
-def _train_forward(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
-    batch = next(iterator)
-    output = forward(chunk, batch, labels=batch.labels)
-    return output, lambda result: _losses(result, batch)
+class Objective(Protocol):
+    """What a step minimises. `parts` names what it reports beside the sums "total" and "tokens", as sums too."""
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    def targets(self, batches: list[Batch]) -> list[Any]:
+        """What `forward_step` finds as each micro-batch's target. All ranks call it, before the step."""
+
+    def forward_step(self, iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
+        """As Megatron's schedules want it, with the sum of the loss over counted tokens."""
 
 
-def _iterators(batches: list[Batch], session: Session) -> list[Any]:
+class LabelLoss:
+    """The labels' cross-entropy."""
+
+    parts: tuple[str, ...] = ()
+
+    def targets(self, batches: list[Batch]) -> list[Any]:
+        return [None] * len(batches)
+
+    def forward_step(self, iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        output = forward(chunk, batch, labels=batch.labels)
+        return output, lambda result: _losses(result, batch)
+
+
+LABELS = LabelLoss()
+
+
+def _iterators(batches: list[Batch], session: Session, targets: list[Any] | None = None) -> list[Any]:
     """One iterator over the micro-batches for each chunk of the shard."""
-    return [(to_device(batch, session) for batch in batches) for _ in range(session.plan.vpp)]
+    pairs = list(zip(batches, targets or [None] * len(batches), strict=True))
+    return [
+        (replace(to_device(batch, session), target=target) for batch, target in pairs) for _ in range(session.plan.vpp)
+    ]
 
 
-def train_step(model: nn.ModuleList, optimizer: Any, batches: list[Batch], session: Session) -> StepResult:
+def train_step(
+    model: nn.ModuleList, optimizer: Any, batches: list[Batch], session: Session, objective: Objective = LABELS
+) -> StepResult:
     """Forward, backward, reduce, clip and update over this rank's micro-batches. All ranks call it."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    targets = objective.targets(batches)
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     micro_batch, seq_length = batches[0].tokens.shape
     with constant_weights(model):
         found = get_forward_backward_func()(
-            forward_step_func=_train_forward,
-            data_iterator=_iterators(batches, session),
+            forward_step_func=objective.forward_step,
+            data_iterator=_iterators(batches, session, targets),
             model=list(model),
             num_microbatches=len(batches),
             seq_length=seq_length,
             micro_batch_size=micro_batch,
             forward_only=False,
         )
-    total, tokens = _reduce(found, session)
+    total, tokens, *others = _reduce(found, session, objective.parts)
     norm, applied = _update(optimizer, math.isfinite(total), session)
-    return StepResult(loss=total / max(tokens, 1), gradient_norm=norm, tokens=tokens, applied=applied)
+    parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
+    return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
 
 
 def _update(optimizer: Any, is_finite: bool, session: Session) -> tuple[float, bool]:
@@ -183,21 +218,21 @@ def _update(optimizer: Any, is_finite: bool, session: Session) -> tuple[float, b
     return norm, True
 
 
-def _reduce(found: list[dict[str, Tensor]], session: Session) -> tuple[float, int]:
-    """Sums of loss and tokens over micro-batches and data-parallel ranks, on every rank."""
-    sums = torch.zeros(2, dtype=torch.float64, device=session.device)
+def _reduce(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, ...] = ()) -> list[float]:
+    """Sums of loss, tokens and `parts` over micro-batches and data-parallel ranks, on every rank."""
+    names = ("total", "tokens", *parts)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=session.device)
     if session.is_last_stage and session.tp_rank == 0:
         for part in found:
-            sums[0] += part["total"].double()
-            sums[1] += part["tokens"].double()
+            sums += torch.stack([part[name].double() for name in names])
     dist.all_reduce(sums)
-    return float(sums[0]), int(sums[1])
+    return sums.tolist()
 
 
 @torch.no_grad()
 def run_forward(model: nn.Module, batches: Iterable[Batch], session: Session) -> None:
     """Runs batches through the pipeline for what quantizers or hooks see (calibration). All ranks call it."""
-    _forward_only(model, list(batches), session, lambda output, batch: {})
+    forward_only(model, list(batches), session, lambda output, batch: {})
 
 
 @torch.no_grad()
@@ -207,7 +242,7 @@ def evaluate(model: nn.Module, batches: list[Batch], session: Session) -> float:
     filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp)
     mine = filled[session.dp_rank :: session.plan.dp]
     with constant_weights(model):
-        found = _forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2])
+        found = forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2])
     total, tokens = _reduce(found, session)
     return total / max(tokens, 1)
 
@@ -226,7 +261,7 @@ def mean_of_logits(
         return {"total": total, "tokens": batch.loss_mask.sum().to(torch.int)}
 
     with constant_weights(model):
-        found = _forward_only(model, filled[session.dp_rank :: session.plan.dp], session, keep, with_labels=False)
+        found = forward_only(model, filled[session.dp_rank :: session.plan.dp], session, keep, with_labels=False)
     total, tokens = _reduce(found, session)
     return total / max(tokens, 1)
 
@@ -244,7 +279,7 @@ def token_losses(model: nn.Module, batches: list[Batch], session: Session) -> Te
         return {"nll": gather_context(output, dim=1).float().cpu()}
 
     with constant_weights(model):
-        found = _forward_only(model, batches, session, keep)
+        found = forward_only(model, batches, session, keep)
     return torch.cat([part["nll"] for part in found]) if session.is_last_stage else None
 
 
@@ -258,13 +293,14 @@ def token_logits(model: nn.Module, batches: list[Batch], session: Session) -> Te
         return {"logits": whole.float().cpu()}
 
     with constant_weights(model):
-        found = _forward_only(model, batches, session, keep, with_labels=False)
+        found = forward_only(model, batches, session, keep, with_labels=False)
     return torch.cat([part["logits"] for part in found]) if session.is_last_stage else None
 
 
-def _forward_only(
+def forward_only(
     model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True
 ) -> list[dict[str, Tensor]]:
+    """`keep(output, batch)` of each batch on the last stage's ranks, nothing elsewhere. All ranks call it."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:

@@ -198,7 +198,7 @@ def _input_hook(activation: str, amax: torch.Tensor, last: dict[str, Any]) -> Ca
 
     def quantise(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if last["input"] is not args[0] or last["key"] != key:
-            quantised = formats.fake_quantize(activation, args[0], amax.to(args[0].device), formats.NVFP4_BLOCK)
+            quantised = formats.fake_quantize_input(activation, args[0], amax.to(args[0].device))
             last.update(input=args[0], key=key, output=quantised)
         return (last["output"], *args[1:])
 
@@ -211,9 +211,9 @@ def _quantise_cache(reader: ArtifactReader, model: torch.nn.Module, cache: str) 
         if not name.endswith(".self_attn"):
             continue
         module.cache_format, module.cache_amax, module.core = cache, (None, None), "sdpa"
-        if cache == "fp8":
+        if cache in formats.STATIC_KV_FORMATS:
             scales = (reader.tensor(f"{name}.{which}_scale") for which in ("k", "v"))
-            module.cache_amax = tuple(formats.amax_of_scale("fp8", scale) for scale in scales)
+            module.cache_amax = tuple(formats.amax_of_scale(cache, scale) for scale in scales)
 
 
 def _attention(

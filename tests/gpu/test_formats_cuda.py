@@ -31,7 +31,7 @@ NO_CUDA = "" if torch.cuda.is_available() else "torch.cuda.is_available() is Fal
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA)]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROUP = {"fp8": 0, "int4": 128, "nvfp4": 16}
+GROUP = {"fp8": 0, "int4": 128, "int8": 0, "nvfp4": 16}
 E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 # Relative width of a rounding boundary: two approximate fp32 divisions, 2 units in the last place each, and roundings.
 BOUNDARY = 2.0**-20

@@ -97,7 +97,7 @@ def test_a_kind_that_is_alike_is_one_override_and_the_file_is_an_ordinary_recipe
             for n in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
         ),
     }
-    measured = job.Measured("mixed", 10, 5.0, 0.1, 0.2, 0.3, recipe)
+    measured = job.Measured("mixed", 10, 5.0, 0.1, 0.2, 0.3, 3.0, recipe)
     options = [[Option("int4", 1, 0.5), Option("fp8", 2, 0.25)] for _ in units]
     (tmp_path / "mixed.yaml").write_text(job.recipe_text(measured, [measured], units, options))
     read = compose.compose([f"quant.recipe={tmp_path / 'mixed.yaml'}"])
@@ -126,12 +126,32 @@ def test_a_layer_alone_moves_the_predictions_as_transformers_says(session: Any, 
     def forward_loop(_: Any) -> None:
         step.run_forward(model, batches, session)
 
-    options = search.measure(model, units, recipes, hf_config, forward_loop, divergence, rank=0)
+    moved = {key: search.measure(model, units, r, hf_config, forward_loop, divergence, 0) for key, r in recipes.items()}
+    options = search.options_of(units, recipes, hf_config, moved)
     assert [one.divergence for unit in options for one in unit[1:]] == [0.0] * len(units)
     at = next(i for i, unit in enumerate(units) if unit.pattern == "decoder.layers.1.mlp.linear_fc1")
     expected = by_hand(llama, batches, name, group, recipes[name].activation)
     assert options[at][0].divergence == pytest.approx(expected, rel=1e-3)
     assert len({one[0].divergence for one in options}) == len(units), "each layer has its own"
+
+
+def test_quantizers_in_the_place_of_others_are_as_fresh_ones(session: Any) -> None:
+    """modelopt keeps, of a format's first use, what another one must not find."""
+    llama, batches = random_llama(), random_batches(2)
+    hf_config = hf_config_of(llama)
+    recipes = job.recipes_of(compose.compose(["search.formats=[int4,fp8,nvfp4]"]))
+    recipes["int4"] = recipes["int4"].__class__(**{**vars(recipes["int4"]), "group_size": 32})
+
+    def losses(*names: str) -> list[float]:
+        model, found = megatron_twin(llama, session), []
+        for name in names:
+            search.quantize(model, recipes[name], hf_config, lambda _: step.run_forward(model, batches, session))
+            found.append(step.evaluate(model, batches, session))
+        return found
+
+    fresh = {name: losses(name)[0] for name in recipes}
+    chain = ("int4", "fp8", "int4", "nvfp4", "fp8", "nvfp4", "int4")
+    assert losses(*chain) == [fresh[name] for name in chain]
 
 
 @torch.no_grad()

@@ -31,9 +31,9 @@ DEVICE = DeviceProfile(
     overhead_bytes=0,
     bandwidth_bytes_per_second=1,
     power_w=1.0,
-    weight_formats=("int4", "fp8", "nvfp4"),
-    activation_formats=("fp8", "nvfp4"),
-    kv_formats=("fp8", "int8"),
+    weight_formats=("int4", "int8", "fp8", "nvfp4"),
+    activation_formats=("fp8", "int8", "nvfp4"),
+    kv_formats=("fp8", "int8", "nvfp4"),
     group_sizes=(64, 128),
     source="made on the spot",
 )
@@ -305,13 +305,15 @@ def test_a_model_that_computes_otherwise_is_caught(copied, mistake):
     assert not all(check.ok for check in report.checks if check.name == "logits"), mistake
 
 
-@pytest.mark.parametrize("recipe, without", [("int4", "kv"), ("fp8", "activation"), ("nvfp4", "activation")])
+@pytest.mark.parametrize(
+    "recipe, without", [("int4", "kv"), ("fp8", "activation"), ("nvfp4", "activation"), ("w4a8", "kv")]
+)
 def test_a_reference_that_left_a_quantiser_out_is_caught(copied, recipe, without):
     """What the model says without its KV or activation quantisers is not what the artifact says with them."""
     tiny, text = copied(recipe), windows(8)
     other = TrainedModel(recipe, torch.float32)
     if without == "kv":
-        other.kv = "none"
+        other.kv, other.kv_amax = "none", {}
     else:
         other.input_amax = {}
     said = {"nll": other.nll(text), "logits": other.logits({k: v[:2] for k, v in text.items()})}
@@ -351,7 +353,15 @@ def test_what_cannot_be_checked_is_said_and_never_passed(made):
 
 
 @pytest.mark.parametrize(
-    "target, recipe", [("modelopt", "nvfp4"), ("modelopt", "fp8"), ("compressed_tensors", "int4"), ("hf", "int4")]
+    "target, recipe",
+    [
+        ("modelopt", "nvfp4"),
+        ("modelopt", "fp8"),
+        ("compressed_tensors", "int4"),
+        ("compressed_tensors", "w4a8"),
+        ("compressed_tensors", "int8"),
+        ("hf", "int4"),
+    ],
 )
 def test_a_target_that_decodes_otherwise_is_caught(copied, target, recipe):
     tiny, name = copied(recipe, "bfloat16"), "model.layers.1.mlp.gate_proj"
@@ -359,7 +369,7 @@ def test_a_target_that_decodes_otherwise_is_caught(copied, target, recipe):
     convert(target, ArtifactReader(tiny.artifact), directory)
     (file,) = directory.glob("*.safetensors")
     tensors = load_file(file)
-    packed = tensors[f"{name}.weight_packed" if target == "compressed_tensors" else f"{name}.weight"]
+    packed = tensors.get(f"{name}.weight_packed", tensors.get(f"{name}.weight"))
     packed.view(torch.uint8)[5, 5] ^= 0x11
     save_file(tensors, file, metadata={"format": "pt"})
     report = verify_artifact(tiny.artifact, tiny.reference, LIMITS)

@@ -1,6 +1,6 @@
 """Target `compressed_tensors`: the layout of llm-compressor checkpoints, which transformers and vLLM read.
 
-In: the canonical artifact (int4 weight-only, fp8, nvfp4, or layers of each); out: a directory with packed weights and
+In: the canonical artifact (int4, w4a8, int8, fp8, nvfp4, or layers of each); out: a directory with packed weights and
 `config.json: quantization_config`. Layout: compressed-tensors 0.20, compressors/{pack_quantized,naive_quantized,nvfp4}.
 """
 
@@ -33,12 +33,18 @@ from megatron_edge.export.targets.folder import (
 
 FORMATS = {
     ("int4", "none"): "pack-quantized",
+    ("int4", "fp8"): "pack-quantized",
+    ("int8", "none"): "int-quantized",
+    ("int8", "int8"): "int-quantized",
     ("fp8", "fp8"): "float-quantized",
     ("fp8", "none"): "naive-quantized",
     ("nvfp4", "nvfp4"): "nvfp4-pack-quantized",
     ("nvfp4", "none"): "nvfp4-pack-quantized",
 }
-LOADING_DTYPES = {"nvfp4": "bfloat16", "int4": "float16"}  # the reasons are in `_notes`; the first that is there
+# The reasons are in `_notes`; the first that is there decides.
+LOADING_DTYPES = {"nvfp4": "bfloat16", "int4": "float16", "int8": "float16"}
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+INT8_PER_ROW, INT8_PER_TENSOR = {**_INT8, "strategy": "channel"}, {**_INT8, "strategy": "tensor"}
 FP8_PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
@@ -50,12 +56,16 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
     kv, carried, dropped = kv_format(manifest), [f"{describe_linears(manifest)} as {', '.join(layouts)}"], []
     if kv == "fp8":
         carried.append("fp8 KV scales as self_attn.k_scale and self_attn.v_scale")
+    elif kv == "nvfp4":
+        dropped.append("the nvfp4 KV cache and its k_scale and v_scale: compressed-tensors' readers know FP8 only")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
-    dtype = next((dtype for weight, dtype in LOADING_DTYPES.items() if weight in weights), plain_dtype(manifest))
-    config = base_config(reader, dtype)
+    loading = next((dtype for weight, dtype in LOADING_DTYPES.items() if weight in weights), plain_dtype(manifest))
+    if ("int4", "fp8") in found and "nvfp4" not in weights:
+        loading = plain_dtype(manifest)
+    config = base_config(reader, loading)
     config["quantization_config"] = _config_section(manifest, layouts, kv)
-    notes = [note for weight in sorted(weights) for note in _notes(weight)]
+    notes = list(dict.fromkeys(note for pair in found for note in _notes(*pair)))
     if len(weights) > 1:
         notes.append(
             "layers of several formats: transformers has one data type for all, so at most some are exact there"
@@ -78,12 +88,12 @@ def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{name}.weight_global_scale", _reciprocal(role_tensor(reader, linear, "global_scale"))
         else:
             yield f"{name}.weight", codes
-            yield f"{name}.weight_scale", scale.reshape(1)
+            yield f"{name}.weight_scale", scale if linear.format == "int8" else scale.reshape(1)
         if linear.activation == "nvfp4":
             yield f"{name}.input_global_scale", _reciprocal(role_tensor(reader, linear, "input_scale"))
-        elif linear.activation == "fp8":
+        elif linear.activation != "none":
             yield f"{name}.input_scale", role_tensor(reader, linear, "input_scale").reshape(1)
-    for attention, which, scale in kv_scales(reader):
+    for attention, which, scale in kv_scales(reader) if kv_format(reader.manifest) == "fp8" else ():
         yield f"{attention}.{which}_scale", scale.reshape(1)
 
 
@@ -161,10 +171,12 @@ def _scheme(linear: LinearEntry) -> dict[str, Any]:
             "group_size": linear.group_size,
             "dynamic": False,
         }
-        return {"weights": weights, "input_activations": None, "output_activations": None}
-    if linear.format == "fp8":
         inputs = FP8_PER_TENSOR if linear.activation == "fp8" else None
-        return {"weights": FP8_PER_TENSOR, "input_activations": inputs, "output_activations": None}
+        return {"weights": weights, "input_activations": inputs, "output_activations": None}
+    if linear.format in ("fp8", "int8"):
+        weights, static = (FP8_PER_TENSOR,) * 2 if linear.format == "fp8" else (INT8_PER_ROW, INT8_PER_TENSOR)
+        inputs = static if linear.activation != "none" else None
+        return {"weights": weights, "input_activations": inputs, "output_activations": None}
     block = {
         "num_bits": 4,
         "type": "float",
@@ -179,9 +191,14 @@ def _scheme(linear: LinearEntry) -> dict[str, Any]:
     return {"weights": block, "input_activations": inputs, "output_activations": None}
 
 
-def _notes(weight: str) -> list[str]:
+def _notes(weight: str, activation: str) -> list[str]:
     """How transformers 5.23 with compressed-tensors 0.20 must load it: scales are cast to the model's data type."""
-    if weight == "int4":
+    if (weight, activation) == ("int4", "fp8"):
+        return [
+            "load as float32: scales are cast to the model's data type, and only that one holds all of them",
+            "vLLM runs int4 weights under fp8 inputs with scales per token only, and not from these static ones",
+        ]
+    if weight in ("int4", "int8"):
         return [
             "load as float16 (config.json says so) or float32: bfloat16 would round the fp16 scales",
             "unquantised tensors are as the artifact stores them; float16 rounds those of their values below 6e-5",

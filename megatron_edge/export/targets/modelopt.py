@@ -34,19 +34,20 @@ from megatron_edge.export.targets.folder import (
 
 LAYOUT_VERSION = "0.47.0"
 ALGORITHMS = {("fp8", "fp8"): "FP8", ("nvfp4", "nvfp4"): "NVFP4", ("nvfp4", "none"): "W4A16_NVFP4"}
+KV_ALGORITHMS = {"fp8": "FP8", "nvfp4": "NVFP4"}
 NVFP4_BLOCK = 16
 
 
 def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
     """Raises InputError where ModelOpt has no algorithm for a layer's weights and activations."""
     manifest = reader.manifest
-    advice = " (use the target compressed_tensors for int4, hf for unquantised weights)"
+    advice = " (use the target compressed_tensors for int4 and int8, hf for unquantised weights)"
     found = recipes(manifest, "modelopt", ALGORITHMS, advice)
     algorithm = ALGORITHMS[found[0]] if len(found) == 1 else "MIXED_PRECISION"
     kv = kv_format(manifest)
     carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], []
-    if kv == "fp8":
-        carried.append("fp8 KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
+    if kv in KV_ALGORITHMS:
+        carried.append(f"{kv} KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
     quantization = _quantization(algorithm, kv, manifest)
@@ -90,7 +91,7 @@ def _quantization(algorithm: str, kv: str, manifest: Manifest) -> dict[str, Any]
         }
     else:
         section |= _algorithm(algorithm)
-    section["kv_cache_quant_algo"] = "FP8" if kv == "fp8" else None
+    section["kv_cache_quant_algo"] = KV_ALGORITHMS.get(kv)
     return section
 
 
@@ -127,6 +128,8 @@ def _config_section(quantization: dict[str, Any]) -> dict[str, Any]:
     }
     if layers:
         section["quantized_layers"] = layers
-    if quantization["kv_cache_quant_algo"] == "FP8":
+    if quantization["kv_cache_quant_algo"] == "NVFP4":
+        section["kv_cache_scheme"] = "NVFP4"
+    elif quantization["kv_cache_quant_algo"] == "FP8":
         section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return section

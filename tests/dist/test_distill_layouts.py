@@ -1,0 +1,71 @@
+"""Distillation is the same on every layout: steps of a student with weight quantizers and a teacher, against those of one
+process, with gloo; and its loss on logits that ranks share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.layout_parity import LIMITS, REFERENCE, REORDERED
+from tools.random_models import RANDOM_MODELS, make_random_model
+
+pytestmark = pytest.mark.timeout(900)
+
+WORKER = Path(__file__).with_name("distill_ranks.py")
+LAYOUTS = ("TP2", "TP2SP", "PP2", "PP2VPP2", "CP2", "DP2DO", "EP2")
+# A teacher with more layers than the student, and an output layer of its own.
+DEEP = RANDOM_MODELS["untied"] | {"num_hidden_layers": 6}
+LOSS_LIMIT = LIMITS["losses"][1]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each layout wrote. One thread each: threads decide the order of sums on a CPU."""
+    directory = tmp_path_factory.mktemp("distill")
+    for name, sizes in {"tiny": RANDOM_MODELS["tiny"], "deep": DEEP, "mixtral": RANDOM_MODELS["mixtral"]}.items():
+        make_random_model(sizes, directory / name)
+    for processes, layouts in ((1, (REFERENCE, REORDERED)), (2, LAYOUTS)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [*command, str(WORKER), str(directory), *layouts],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return {name: json.loads((directory / f"{name}.json").read_text()) for name in (REFERENCE, REORDERED, *LAYOUTS)}
+
+
+def largest(ours: list[dict[str, float]], theirs: list[dict[str, float]], names: set[str]) -> float:
+    return max(abs(a[name] - b[name]) for a, b in zip(ours, theirs, strict=True) for name in names)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_distils_as_one_process(found: dict[str, Any], layout: str) -> None:
+    """Loss, KL, label loss and hidden loss of three steps; gradient norms within thrice the noise of sums, or 1e-5."""
+    cases = ("dense", "experts") if layout == "EP2" else ("dense",)
+    for case in cases:
+        one, again, here = (found[which][case] for which in (REFERENCE, REORDERED, layout))
+        losses = set(one[0]) - {"gradient_norm"}
+        assert losses == {"loss", "kl_nats_per_token", "label_loss_nats_per_token", "hidden_loss_per_token"}
+        floor = largest(again, one, {"gradient_norm"})
+        apart, norm = largest(here, one, losses), largest(here, one, {"gradient_norm"})
+        print(f"{layout} {case}: losses {apart:.1e} (limit {LOSS_LIMIT}), norms {norm:.1e} (noise {floor:.1e})")
+        assert apart <= LOSS_LIMIT and norm <= max(3 * floor, 1e-5)
+        assert one[0]["kl_nats_per_token"] > 0.01 and one[0]["hidden_loss_per_token"] > 0.01
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2SP"])
+def test_the_loss_of_shared_logits_is_that_of_the_whole(found: dict[str, Any], layout: str) -> None:
+    """Against float64; the noise floor is what one process is off."""
+    for name, value in found[layout]["shared_loss"].items():
+        floor = found[REFERENCE]["shared_loss"][name]
+        print(f"{layout} {name}: {value:.1e} (noise {floor:.1e})")
+        assert value <= 3 * floor
