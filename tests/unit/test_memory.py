@@ -17,6 +17,7 @@ from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.model import hf_config as hf
+from megatron_edge.recipe import quant_rules
 
 TINY = hf.checked_config({**llama_config().to_dict(), "architectures": ["LlamaForCausalLM"]}, "tiny")
 
@@ -52,10 +53,10 @@ def test_weights_are_the_bytes_of_a_written_artifact(recipe: str, dtype: str, tm
 
 def test_excluded_layers_keep_their_dtype() -> None:
     whole, without = configured("quant=int4"), configured("quant=int4", "quant.exclude=['decoder.layers.0.mlp.*']")
+    rules = quant_rules(whole.quant, TINY)
     layer_0 = [linear for linear in memory.linears(TINY) if linear.name.startswith("mlp")]
     grown = sum(
-        2 * linear.shape[0] * linear.shape[1] - memory.linear_bytes(linear, 1, whole.quant, "bf16")
-        for linear in layer_0
+        2 * linear.shape[0] * linear.shape[1] - memory.linear_bytes(linear, 1, rules, [], "bf16") for linear in layer_0
     )
     assert memory.weights_bytes(without, TINY) - memory.weights_bytes(whole, TINY) == grown > 0
 
