@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_edge.contracts import InputError, QuantPlan, WriteFailed, disk_error
 from megatron_edge.model.build import chunks_of
+from megatron_edge.quantize import adapters
 from megatron_edge.quantize.state import (
     PREFIX,
     AmaxShard,
@@ -180,10 +181,12 @@ def _sharded_state(
         f"model{index}": {
             key: value
             for key, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if "_quantizer" not in key and not key.endswith("_extra_state")
+            if "_quantizer" not in key and not key.endswith("_extra_state") and not key.startswith(adapters.PREFIX)
         }
         for index, chunk in enumerate(chunks_of(model))
     }
+    for index, chunk in enumerate(chunks_of(model)):
+        weights[f"model{index}"] |= _adapter_state(chunk, weights[f"model{index}"], session)
     state: dict[str, Any] = {
         **weights,
         "quantizers": {
@@ -195,8 +198,21 @@ def _sharded_state(
     return state
 
 
+def _adapter_state(chunk: Any, weights: dict[str, Any], session: Session) -> dict[str, Any]:
+    """Adapters by their names in the chunk; the weights beside them are the merged ones."""
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    state = {
+        shard.parameter: _sharded_tensor(shard.key, AmaxShard(shard.data, shard.axis, shard.is_expert), session)
+        for shard in adapters.adapter_shards(chunk)
+    }
+    for name, like, base in adapters.bases(chunk):
+        state[name] = make_sharded_optimizer_tensor(weights[like], base, f"{adapters.KEY}base")
+    return state
+
+
 def _optimizer_state(model: nn.Module, optimizer: Any, weights: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    """Adam's tensors of every parameter, cut as the parameter is, and the number of its steps."""
+    """Adam's tensors of every trained parameter, cut as the parameter is, and the number of its steps."""
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
     params = _parameters(model)
@@ -213,11 +229,12 @@ def _optimizer_state(model: nn.Module, optimizer: Any, weights: dict[str, Any], 
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By chunk and name: `model0 decoder.final_layernorm.weight`."""
+    """What is trained, by chunk and name: `model0 decoder.final_layernorm.weight`."""
     return {
         f"model{index} {name}": param
         for index, chunk in enumerate(chunks_of(model))
         for name, param in chunk.named_parameters()
+        if hasattr(param, "main_grad")  # what Megatron's DistributedDataParallel has a place for
     }
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any
 
-from megatron_edge.artifact.formats import STATIC_KV_FORMATS, effective_group_size, kv_storage_bytes, storage_bytes
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS, kv_storage_bytes, storage_bytes
 from megatron_edge.artifact.tables import Table, tables_of
 from megatron_edge.checks import layers_per_chunk
-from megatron_edge.config import QuantConfig, RunConfig
-from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
+from megatron_edge.config import RunConfig
+from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan, QuantRule
 from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shape, rules_of
+from megatron_edge.recipe import quant_rules, rule_of
 
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
 DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
@@ -97,14 +97,14 @@ def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
     return ParameterCount(embedding, outside, inside, everything - embedding - head - outside - inside, head)
 
 
-def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> int:
-    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised."""
-    excluded = any(fnmatch(f"decoder.layers.{layer}.{linear.module}", pattern) for pattern in quant.exclude)
-    if quant.weight == "none" or excluded:
+def linear_bytes(linear: Linear, layer: int, rules: tuple[QuantRule, ...], excluded: list[str], dtype: str) -> int:
+    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised. `rules` are
+    the recipe's (recipe.quant_rules)."""
+    rule = rule_of(f"decoder.layers.{layer}.{linear.module}", rules, excluded)
+    if rule is None:
         return storage_bytes(dtype, linear.shape)
-    group = effective_group_size(linear.shape[1], quant.group_size) if quant.weight == "int4" else quant.group_size
-    input_scale = 4 if quant.activation != "none" else 0
-    return storage_bytes(quant.weight, linear.shape, group) + input_scale
+    input_scale = 4 if rule.activation != "none" else 0
+    return storage_bytes(rule.weight, linear.shape, rule.group_size) + input_scale
 
 
 def table_bytes(table: Table, dtype: str) -> int:
@@ -118,10 +118,11 @@ def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     """Bytes of all tensors of the canonical artifact: linears and tables in their format, the rest in the training
     dtype."""
     dtype, count = config.train.precision, count_parameters(hf_config)
+    rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     total = count.others * DTYPE_BYTES[dtype]
     total += sum(table_bytes(table, dtype) for table in tables_of(config.quant, hf_config))
     for layer in range(hf_config["num_hidden_layers"]):
-        total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
+        total += sum(linear_bytes(linear, layer, rules, excluded, dtype) for linear in linears(hf_config))
         total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 
@@ -204,17 +205,24 @@ def training_plan(
         last = stage == layout.pp - 1
         layers, dense, experts, ends = _stage_parameters(hf_config, layout, stage)
         parameters = layers * (dense + experts) + ends
+        trained, per_parameter, weights = (layers * dense + ends, layers * experts), 12, parameters
+        if train.lora_rank is not None:  # fp32 adapters; a layer's parameter is its merged weight, beside W0
+            (dense, experts), (base, expert_base) = _adapter_parameters(hf_config, layout, train.lora_rank)
+            trained, per_parameter = (layers * dense, layers * experts), 8
+            weights += layers * (base + expert_base)
+        elif train.precision == "fp32":
+            per_parameter = 8
         split = config.parallel.distributed_optimizer
-        kept = (layers * dense + ends) // (layout.dp * layout.cp if split else 1)
-        kept += layers * experts // (expert_copies if split else 1)
+        kept = trained[0] // (layout.dp * layout.cp if split else 1) + trained[1] // (expert_copies if split else 1)
+        adapters = 0 if train.lora_rank is None else 4 * sum(trained)
         in_flight = min(layout.pp - stage, micro_batches)
         stages.append(
             TrainingMemory(
                 stage=stage,
                 parameters=parameters,
-                weights_bytes=parameters * DTYPE_BYTES[train.precision],
-                gradients_bytes=parameters * 4,
-                optimizer_bytes=kept * (12 if train.precision == "bf16" else 8) if train.steps else 0,
+                weights_bytes=weights * DTYPE_BYTES[train.precision] + adapters,
+                gradients_bytes=sum(trained) * 4,
+                optimizer_bytes=kept * per_parameter if train.steps else 0,
                 activations_bytes=_training_activations_bytes(config, hf_config, layout, layers, in_flight, last),
                 teacher_bytes=0 if teacher is None else _teacher_bytes(config, teacher, layout, stage, micro_batches),
             )
@@ -263,6 +271,23 @@ def _layer_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan) -> tup
             tensor = layout.etp if rule.is_expert else layout.tp
             counts[rule.is_expert] += size // (tensor if rule.split_axis is not None else 1)
     return counts[False], counts[True] // layout.ep
+
+
+def _adapter_parameters(
+    hf_config: Mapping[str, Any], layout: ParallelPlan, rank: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(of adapters, of the weights that they adapt) of one layer on one rank, each outside and inside of experts."""
+    dims = replace(dims_of(hf_config), num_layers=1)
+    trained, adapted = {False: 0, True: 0}, {False: 0, True: 0}
+    for rule in all_rules(rules_of(hf_config), dims):
+        if rule.is_linear:
+            shapes = [hf_shape(target, rule, dims) for target in rule.targets]
+            rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+            tensor = layout.etp if rule.is_expert else layout.tp
+            rows, columns = (rows // tensor, columns) if rule.split_axis == 0 else (rows, columns // tensor)
+            trained[rule.is_expert] += rank * (rows + columns)
+            adapted[rule.is_expert] += rows * columns
+    return (trained[False], trained[True] // layout.ep), (adapted[False], adapted[True] // layout.ep)
 
 
 def _training_activations_bytes(

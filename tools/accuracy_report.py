@@ -245,15 +245,20 @@ def draw(results: dict[str, Any], rows: list[Row], path: Path) -> bool:
     formats = list(dict.fromkeys(row.format for row in rows if row.format))
     figure, axes = pyplot.subplots(1, 3, figsize=(18, 5.5), layout="constrained")
     colours = dict(zip(formats, pyplot.get_cmap("tab10").colors, strict=False))
+    plain = next((_label_loss(row) for row in results["rows"] if row["method"] == "bf16"), [])
     for row in results["rows"]:
         kind = row["method"].split("@")[0]
-        if row["seed"] > 1 or kind not in ("bf16", "qat", "qad"):
+        if row["seed"] > 1 or kind not in ("qat", "qad"):
             continue
         style = {"color": colours.get(row["format"], "black"), "linestyle": {"qat": "--"}.get(kind, "-")}
         curve, label = row["curve"], " ".join(part for part in (row["format"], title(row["method"])) if part)
-        _plot(axes[0], curve.get("label_loss_nats_per_token") or curve.get("loss_nats_per_token"), label, style)
+        losses = _label_loss(row)
+        if len(plain) == len(losses):  # of the same batches: what they have in common is no difference of methods
+            losses = [ours - theirs for ours, theirs in zip(losses, plain, strict=True)]
+        _plot(axes[0], losses, label, style)
         _plot(axes[1], curve.get("kl_nats_per_token"), label, style)
-    axes[0].set(title="loss on the training text", xlabel="step", ylabel=f"nats/token, mean of {SMOOTH_STEPS} steps")
+    title_0 = "loss on the training text" + (f", above {TITLES['bf16']!r} on the same batches" if plain else "")
+    axes[0].set(title=title_0, xlabel="step", ylabel=f"nats/token, mean of {SMOOTH_STEPS} steps")
     axes[1].set(title="QAD: KL to BF16-FT, training text", xlabel="step", ylabel="nats/token", yscale="log")
     _draw_heldout(axes[2], rows, formats, colours)
     for axis in axes[:2]:
@@ -263,6 +268,11 @@ def draw(results: dict[str, Any], rows: list[Row], path: Path) -> bool:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def _label_loss(row: dict[str, Any]) -> list[float]:
+    """Each step's cross-entropy, which QAD reports beside what it minimises."""
+    return known(row["curve"].get("label_loss_nats_per_token") or row["curve"].get("loss_nats_per_token"))
 
 
 def _plot(axis: Any, values: list[float | None] | None, label: str, style: dict[str, Any]) -> None:

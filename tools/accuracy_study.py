@@ -74,7 +74,7 @@ class Job:
 def jobs_of(args: argparse.Namespace, tuned: Path) -> list[Job]:
     """Everything that starts from `tuned`, the most telling first: a study that is stopped has then a rough answer."""
     formats = [_format(text) for text in args.formats]
-    jobs, shared = [], [*SHARED, *_texts(args), f"model.source={tuned}", f"threads={_threads(args)}"]
+    jobs, shared = [], [*SHARED, *_texts(args), f"model.source='{tuned}'", f"threads={_threads(args)}"]
     for method in sorted(args.methods, key=lambda m: m.split("@")[0] not in CALIBRATES):
         kind = method.split("@")[0]
         steps = [] if kind in CALIBRATES else [f"train.steps={args.steps}"]
@@ -93,7 +93,7 @@ def jobs_of(args: argparse.Namespace, tuned: Path) -> list[Job]:
 
 
 def tuned_job(args: argparse.Namespace) -> Job:
-    shared = [*SHARED, *_texts(args), f"model.source={args.model_source}", f"train.steps={args.ft_steps}"]
+    shared = [*SHARED, *_texts(args), f"model.source='{args.model_source}'", f"train.steps={args.ft_steps}"]
     return Job("", TUNED, 0, (*shared, *OF_METHOD[TUNED], *args.overrides, *args.set.get(TUNED, [])))
 
 
@@ -105,7 +105,7 @@ def _format(text: str) -> tuple[str, list[str], int]:
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
-    return [f"data.train={args.train_text}", f"data.heldout={args.heldout_text}"]
+    return [f"data.train='{args.train_text}'", f"data.heldout='{args.heldout_text}'"]  # quoted: any path
 
 
 def _threads(args: argparse.Namespace) -> int:

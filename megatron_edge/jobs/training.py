@@ -20,12 +20,13 @@ from megatron_edge import checkpoint as checkpoints
 from megatron_edge.artifact.formats import STATIC_KV_FORMATS
 from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
+from megatron_edge.jobs import evaluation
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import ModelSource, open_model
-from megatron_edge.quantize import apply, awq, clip, policy, smoothquant
+from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
@@ -96,7 +97,7 @@ def qat(config: RunConfig, launch: Launch) -> None:
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:
-    """Held-out loss of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
+    """Held-out loss and accuracy of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
 
     Raises:
         InputError: no intact checkpoint, or a layout that the model does not divide into.
@@ -113,7 +114,33 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         apply.insert_quantizers(model, plan)
         checkpoints.load_checkpoint(found, model, None, plan, session)
         reference.round_unquantised(model)  # as the artifact stores it
-        _evaluate(run, model, str(found.path))
+        mark("evaluating")
+        context, multiple = source.hf_config["max_position_embeddings"], _window_multiple(session)
+        examination = evaluation.Examination(config, source.tokenizer(), run.data, context, multiple)
+        answers = examination.take(lambda windows: _window_losses(model, windows, session))
+    if launch.rank == 0:
+        del model
+        evaluation.report(config, examination, answers, str(found.path), source.tokenizer(), run.dtype)
+
+
+def _window_multiple(session: Session) -> int:
+    """What the length of a window must be a multiple of in this layout."""
+    plan = session.plan
+    return 2 * plan.cp * plan.tp if plan.cp > 1 else plan.tp
+
+
+def _window_losses(model: nn.Module, windows: evaluation.Windows, session: Session) -> torch.Tensor:
+    """fp32 nats [n, s] of each next token, on every rank; data-parallel ranks share the windows. All ranks call it."""
+    labels = windows.tokens.roll(-1, dims=1).masked_fill(~windows.loss_mask, 0)
+    whole = Batch(windows.tokens, windows.documents, windows.positions, windows.loss_mask, labels)
+    batches = _even_batches(whole, EVALUATION_MICRO_BATCH)
+    filled = batches + batches[:1] * (-len(batches) % session.plan.dp)  # all ranks run as often, for their experts
+    mine = step.token_losses(model, filled[session.dp_rank :: session.plan.dp], session)
+    speaks = session.is_last_stage and session.tp_rank == 0 and session.cp_rank == 0
+    said = session.gather((session.dp_rank, mine) if speaks else None)
+    parts = {found[0]: found[1].split(EVALUATION_MICRO_BATCH) for found in said if found is not None}
+    ordered = [parts[at % session.plan.dp][at // session.plan.dp] for at in range(len(filled))]
+    return torch.cat(ordered)[: len(windows)]
 
 
 def _session(config: RunConfig, launch: Launch) -> AbstractContextManager[Session]:
@@ -221,7 +248,8 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    if plan.algorithm != "max" or plan.activation != "none" or plan.kv in STATIC_KV_FORMATS:
+    on_data = any(rule.activation != "none" for rule in plan.rules)
+    if plan.algorithm != "max" or on_data or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 
@@ -259,15 +287,19 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     """Trains from `found` to the last step; gives the model to go on with."""
     config, session = run.config, run.session
     steps = config.train.steps if config.train.mode != "ptq" else 0
-    if found.step == 0:
+    if found.step == 0 or found.step >= steps:
         checkpoints.load_checkpoint(found, model, None, run.plan, session)
+    if found.step >= steps:
+        return model
+    if config.train.lora_rank is not None and config.train.lora_alpha is not None:
+        rank, alpha = config.train.lora_rank, config.train.lora_alpha
+        count = adapters.attach(model, session, rank=rank, alpha=alpha, seed=config.train.seed)
+        log.info("adapters of rank %d on %d linear layers of rank 0; everything else is frozen", rank, count)
     wrapped, optimizer = step.make_trainable(
         model, config.train, run.dtype, distributed_optimizer=config.parallel.distributed_optimizer
     )
     if found.step > 0:
         checkpoints.load_checkpoint(found, wrapped, optimizer, run.plan, session)
-    if found.step >= steps:
-        return wrapped
     batches = BatchPlan(run.data.train, config.train.global_batch, config.train.micro_batch)
     objective = _objective(run)
     with (
@@ -290,6 +322,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
             report=report,
             objective=objective,
         )
+    adapters.detach(wrapped)
     return wrapped
 
 

@@ -255,7 +255,8 @@ def named_shards(model: nn.Module) -> dict[str, nn.Parameter]:
     shards: dict[str, nn.Parameter] = {}
     for chunk in chunks_of(model):
         first = _first_indices(chunk)
-        found = {_global_name(name, *first): param for name, param in chunk.named_parameters()}
+        named = ((name, param) for name, param in chunk.named_parameters() if not name.startswith("adapters."))
+        found = {_global_name(name, *first): param for name, param in named}
         if chunk.share_embeddings_and_output_weights and "output_layer.weight" in found:
             copy = found.pop("output_layer.weight")
             found.setdefault("embedding.word_embeddings.weight", copy)

@@ -40,7 +40,7 @@ class AmaxShard(NamedTuple):
     data: Tensor
     axis: int | None
     is_expert: bool
-    is_copy: bool
+    is_copy: bool = False
 
 
 def quantizer_shards(model: nn.Module, plan: QuantPlan) -> dict[str, AmaxShard]:

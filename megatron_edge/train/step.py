@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
+from megatron_edge.quantize import adapters
 from megatron_edge.quantize.apply import constant_weights
 from megatron_edge.runtime.session import Session, context_positions, gather_context
 from megatron_edge.runtime.watchdog import mark
@@ -103,6 +104,7 @@ def make_trainable(
         ),
         list(wrapped),
     )
+    adapters.let_gradients_pass(wrapped)
     config = chunks[0].config  # of all chunks
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -197,6 +199,7 @@ def train_step(
         )
     total, tokens, *others = _reduce(found, session, objective.parts)
     norm, applied = _update(optimizer, math.isfinite(total), session)
+    adapters.merge(model)
     parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
     return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
 
@@ -244,6 +247,25 @@ def evaluate(model: nn.Module, batches: list[Batch], session: Session) -> float:
     mine = filled[session.dp_rank :: session.plan.dp]
     with constant_weights(model):
         found = forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2])
+    total, tokens = _reduce(found, session)
+    return total / max(tokens, 1)
+
+
+@torch.no_grad()
+def mean_of_logits(
+    model: nn.Module, batches: list[Batch], session: Session, measure: Callable[[Tensor], Tensor]
+) -> float:
+    """Mean per counted token of what `measure(logits [n, vocabulary / tp])` gives as a sum over the n counted
+    tokens of a micro-batch; equal on its tensor-parallel ranks. Batches are shared out as in `evaluate`. All ranks call
+    it, and have the result."""
+    filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp)
+
+    def keep(output: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
+        total = measure(output[batch.loss_mask])
+        return {"total": total, "tokens": batch.loss_mask.sum().to(torch.int)}
+
+    with constant_weights(model):
+        found = forward_only(model, filled[session.dp_rank :: session.plan.dp], session, keep, with_labels=False)
     total, tokens = _reduce(found, session)
     return total / max(tokens, 1)
 

@@ -63,34 +63,44 @@ def exact_interval(successes: int, count: int) -> tuple[float, float]:
 def paired_shares(ours: Sequence[bool], theirs: Sequence[bool]) -> Difference:
     """McNemar's exact test: of the questions that only one model has right, half would be ours by chance.
 
-    The interval is that of the same binomial, so that it holds 0 exactly where p is at least 1 - LEVEL.
+    The interval is that of the same binomial, so that it holds 0 exactly where p is at least 1 - LEVEL; where no answer
+    differs it is what so many questions leave open.
     """
     only_ours = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     only_theirs = sum(b and not a for a, b in zip(ours, theirs, strict=True))
     differing, count = only_ours + only_theirs, len(ours)
     test = f"McNemar, exact: {only_ours} right in ours alone, {only_theirs} in the baseline alone"
     if not differing:
-        return Difference(0.0, 0.0, 0.0, 1.0, test)
+        most = exact_interval(0, count)[1]
+        return Difference(0.0, -most, most, 1.0, test)
     low, high = (differing / count * (2 * bound - 1) for bound in exact_interval(only_ours, differing))
     p = min(1.0, 2 * float(stats.binom.cdf(min(only_ours, only_theirs), differing, 0.5)))
     return Difference((only_ours - only_theirs) / count, low, high, p, test)
 
 
-def paired_means(ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float]) -> Difference:
-    """Difference of two means over tokens, from sums over the same windows: a paired t-test of a ratio.
+def mean_over_tokens(sums: Sequence[float], tokens: Sequence[float]) -> tuple[float, float, int]:
+    """(mean, its standard error, windows) from the sum over each window's tokens; at least two windows have any.
+
+    The mean is a ratio of two sums that vary from window to window; its error is linearised (Cochran 1977, 6.4).
+    """
+    weight = np.asarray(tokens, dtype=np.float64)
+    used = weight > 0
+    weight, values = weight[used], np.asarray(sums, dtype=np.float64)[used]
+    count, mean = len(weight), float(values.sum() / weight.sum())
+    residual = values - mean * weight
+    error = math.sqrt(count / (count - 1) * float(np.square(residual).sum())) / float(weight.sum())
+    return mean, error, count
+
+
+def paired_means(ours: Sequence[float], theirs: Sequence[float], tokens: Sequence[float]) -> Difference:
+    """Difference of two means over the tokens of the same windows: a paired t-test over windows.
 
     Args:
         ours, theirs: sum over each window's tokens, in nats.
-        weights: tokens of each window; at least two windows have any.
+        tokens: how many of them each window has.
     """
-    weight = np.asarray(weights, dtype=np.float64)
-    used = weight > 0
-    weight = weight[used]
-    difference = (np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))[used]
-    count, value = len(weight), float(difference.sum() / weight.sum())
-    # Linearised: the ratio of two sums moves as the sum of these residuals does (Cochran 1977, 6.4).
-    residual = difference - value * weight
-    error = math.sqrt(count / (count - 1) * float(np.square(residual).sum())) / float(weight.sum())
+    apart = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    value, error, count = mean_over_tokens(apart.tolist(), tokens)
     half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
     p = 2 * float(stats.t.sf(abs(value) / error, count - 1)) if error else float(value == 0)
     return Difference(value, value - half, value + half, p, f"paired t-test over {count} windows")

@@ -1,8 +1,8 @@
-"""What a rank does for test_distill_layouts.py, which starts it under torchrun: the distillation's loss on logits that ranks
-share, and steps of a quantised student with a teacher, on one layout after the other.
+"""What a rank does for test_distill_layouts.py, which starts it under torchrun: the distillation's loss on logits that
+ranks share, steps of a quantised student with a teacher, and steps of adapters, on one layout after the other.
 
 In: the directory of the two models, and the names of layouts. Out: <layout>.json there. The layout of one process saves
-the calibrated students that the other layouts load.
+the calibrated students, and adapters after two steps, that the other layouts load.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ from torch import Tensor, nn
 from tests.unit.plain_distillation import plain_loss
 from tools.layout_parity import REFERENCE, REORDERED, SEQ_LENGTH_TOKENS, Float64Sums, layout_plan
 
+WITH_EXPERTS = ("EP2", "TP2ETP2SP")
 STEPS, GLOBAL_BATCH, VOCAB, WIDTH = 3, 4, 600, 64
 TRAIN = (
     "train=qad", "train.precision=fp32", "train.distill_temperature=2", "train.distill_label_weight=0.2",
     "train.distill_hidden_weight=0.5", f"train.steps={STEPS}", f"train.global_batch={GLOBAL_BATCH}",
     f"train.seq_length_tokens={SEQ_LENGTH_TOKENS}",
 )  # fmt: skip
-# Student, teacher, recipe. Data quantizers would amplify what the order of sums makes of their inputs.
-CASES = {
+ADAPTERS = (*(one for one in TRAIN if "distill" not in one and one != "train=qad"), "train=lora_qat")
+INT4 = ("quant=int4", "quant.group_size=32")
+# Student, teacher (none: adapters), recipe. Data quantizers would amplify what the order of sums makes of their inputs.
+CASES: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "dense": ("tiny", "deep", ("quant=nvfp4_w4a16",)),
-    "experts": ("mixtral", "mixtral", ("quant=int4", "quant.group_size=32")),
+    "adapters": ("tiny", None, INT4),
+    "experts": ("mixtral", "mixtral", INT4),
+    "experts_adapters": ("mixtral", None, INT4),
 }
 
 
@@ -74,13 +79,13 @@ def steps(case: str, layout: str, directory: Path, session: Any) -> list[dict[st
     from megatron_edge import checkpoint
     from megatron_edge.compose import compose
     from megatron_edge.model.source import open_source
-    from megatron_edge.quantize import apply, policy
+    from megatron_edge.quantize import adapters, apply, policy
     from megatron_edge.train import step
     from megatron_edge.train.data import BatchPlan, load_data
     from megatron_edge.train.distill import Distillation
 
     student, teacher, recipe = CASES[case]
-    config = compose([*TRAIN, *recipe, f"model.source={directory / student}", f"run_dir={directory}"])
+    config = compose([*(TRAIN if teacher else ADAPTERS), *recipe, f"model.source={directory / student}", f"run_dir={directory}"])
     source = open_source(directory / student)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     cache = directory / "data"
@@ -91,16 +96,27 @@ def steps(case: str, layout: str, directory: Path, session: Any) -> list[dict[st
     if layout == REFERENCE:
         apply.calibrate(model, plan, matches, lambda _: None)
         checkpoint.save_checkpoint(saved, 0, model, None, plan, session, extra={}, keep=1)
-    found = checkpoint.find_newest(saved, session)
-    assert found is not None
-    checkpoint.load_checkpoint(found, model, None, plan, session)
-    objective = Distillation(shard(open_source(directory / teacher), session), config.train, session)
+    start = checkpoint.newest_intact(saved) if layout == REFERENCE else checkpoint.CheckpointInfo(
+        saved / "step_00000000", 0, {})
+    assert start is not None
+    checkpoint.load_checkpoint(start, model, None, plan, session)
+    objective: step.Objective = step.LABELS
+    if teacher is not None:
+        objective = Distillation(shard(open_source(directory / teacher), session), config.train, session)
+    else:
+        adapters.attach(model, session, rank=8, alpha=16.0, seed=1)
     split = layout.endswith("DO")
     wrapped, optimizer = step.make_trainable(model, config.train, torch.float32, distributed_optimizer=split)
     schedule = step.learning_rate_schedule(optimizer, config.train)
     schedule.step(1)
     batches, metrics = BatchPlan(data.train, GLOBAL_BATCH, 1), []
     for at in range(STEPS):
+        if teacher is None and at == STEPS - 1:
+            if layout == REFERENCE:
+                checkpoint.save_checkpoint(saved, at, wrapped, optimizer, plan, session, extra={}, keep=2)
+            found = checkpoint.find_newest(saved, session)
+            assert found is not None
+            checkpoint.load_checkpoint(found, wrapped, optimizer, plan, session)
         mine = batches.micro_batches(at, session.dp_rank, session.plan.dp)
         result = step.train_step(wrapped, optimizer, mine, session, objective)
         metrics.append({"loss": result.loss, "gradient_norm": result.gradient_norm, **result.parts})
@@ -120,7 +136,7 @@ def main(directory: Path, layouts: list[str]) -> None:
         with open_session(layout_plan(layout), **place, timeout_seconds=600, seed=1) as session, sums:
             found: dict[str, Any] = {"shared_loss": shared_loss(session)}
             for case in CASES:
-                if case == "dense" or session.plan.ep > 1 or session.plan.world_size == 1:
+                if layout in (REFERENCE, REORDERED) or case.startswith("experts") == (layout in WITH_EXPERTS):
                     found[case] = steps(case, layout, directory, session)
             everyone = session.gather(found)
             found["shared_loss"] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,6 +25,7 @@ from tools.random_models import RANDOM_MODELS, make_random_model
 EMBEDDING = "model.embed_tokens.weight"
 
 pytestmark = pytest.mark.timeout(300)
+TOPICS = sorted(topics)[:12]
 
 
 def reference_facts(run_dir: Path) -> dict[str, Any]:
@@ -121,20 +123,37 @@ def test_gateway_target_is_read_by_transformers(gateway_run: Run) -> None:
 
 
 def test_export_and_evaluate_alone_on_a_run(gateway_run: Run, tmp_path: Path) -> None:
-    """Export again gives the same bytes; evaluate gives the losses that the job found."""
+    """Export again gives the same bytes; evaluate gives the losses that the job found, and the same answers for the
+    artifact and, on two stages, the checkpoint; against the model as it came, and against the artifact."""
     artifact = gateway_run.directory / "artifact"
     before = hashes(artifact)
     done = run("export", f"run_dir={gateway_run.directory}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hashes(artifact) == before
-    done = run("evaluate", f"artifact={artifact / 'canonical'}", f"run_dir={gateway_run.directory}", directory=tmp_path)
+    shutil.copytree(artifact / "canonical", tmp_path / "canonical")  # evaluation.json is written beside it
+    rows = [{"question": f"The {name} is", "choices": [topics[name][:30], name, "no"], "answer": 1} for name in TOPICS]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = (f"run_dir={gateway_run.directory}", f"eval.tasks=[{tmp_path / 'own.jsonl'}]", "eval.limit=8")
+    done = run("evaluate", f"artifact={tmp_path / 'canonical'}", *shared, directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    loss = json.loads((gateway_run.directory / "verify.json").read_text())["losses_nats_per_token"]["artifact"]
-    assert f"{loss:.4f} nats/token" in done.stderr
-    arguments = (f"run_dir={gateway_run.directory}", "parallel.pipeline=2")
-    done = run("evaluate", *arguments, directory=tmp_path, processes=2)
+    assert not done.noise, done.noise
+    verified = json.loads((gateway_run.directory / "verify.json").read_text())
+    losses = verified["losses_nats_per_token"]
+    limit = next(check["limit"] for check in verified["checks"] if check["name"] == "loss")  # 3 times its noise floor
+    assert f"{losses['artifact']:.4f} nats/token" in done.stderr
+    of_artifact = json.loads((tmp_path / "evaluation.json").read_text())
+    assert of_artifact["text"]["baseline_nats_per_token"] == pytest.approx(losses["fp32"], abs=limit)
+    assert of_artifact["text"]["verdict"].startswith("better: -"), "trained against as it came"
+    assert {task["by"] for task in of_artifact["tasks"]} == {"whole", "per character"}
+    assert all(task["questions"] == 8 and task["of"] == 12 and task["verdict"] for task in of_artifact["tasks"])
+    arguments = ("parallel.pipeline=2", f"eval.baseline={tmp_path / 'canonical'}")
+    done = run("evaluate", *shared, *arguments, directory=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
-    assert f"{reference_facts(gateway_run.directory)['losses']['trained']:.4f} nats/token" in done.stderr
+    assert f"{losses['trained']:.4f} nats/token" in done.stderr
+    of_checkpoint = json.loads((gateway_run.directory / "evaluation.json").read_text())
+    assert of_checkpoint["text"]["nats_per_token"] == pytest.approx(of_artifact["text"]["nats_per_token"], abs=limit)
+    assert [t["accuracy"] for t in of_checkpoint["tasks"]] == [t["accuracy"] for t in of_artifact["tasks"]]
+    assert [t["baseline"] for t in of_checkpoint["tasks"]] == [t["accuracy"] for t in of_artifact["tasks"]]
 
 
 @pytest.mark.long
