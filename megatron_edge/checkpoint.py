@@ -261,7 +261,7 @@ def _sharded_tensor(key: str, shard: AmaxShard, session: Session) -> Any:
         rank, size = session.tp_rank, session.plan.tp
         copy = session.dp_rank * session.plan.cp + session.cp_rank
     split = () if shard.axis is None else ((shard.axis, rank, size),)
-    replica = (0, rank if shard.axis is None else 0, copy)
+    replica = (int(shard.is_copy), rank if shard.axis is None else 0, copy)
     return ShardedTensor.from_rank_offsets(key, shard.data, *split, replica_id=replica)
 
 

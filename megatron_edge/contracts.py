@@ -104,17 +104,20 @@ class ParamRule:
 
 @dataclass(frozen=True)
 class QuantRule:
-    """Quantise what `pattern` (fnmatch, over Megatron module names) matches; later rules win."""
+    """Quantise what `pattern` (fnmatch, over Megatron module names) matches among the layers of the kind `linear` (such
+    a pattern too: kinds differ in their group size); later rules win. weight="none" leaves a layer alone."""
 
     pattern: str
     weight: str
     activation: str
     group_size: int
+    linear: str = "*"
 
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """What is quantised, how. Formats are names from `artifact.formats`; "none" leaves a tensor alone."""
+    """What is quantised, how. Formats are names from `artifact.formats`; "none" leaves a tensor alone, and "bf16" the
+    embedding or the output layer (`head`)."""
 
     weight: str
     activation: str
@@ -123,7 +126,11 @@ class QuantPlan:
     algorithm: str
     rules: tuple[QuantRule, ...] = ()
     excluded: tuple[str, ...] = ()
-    embedding: str = "none"
+    embedding: str = "bf16"
+    head: str = "bf16"
+    smoothquant_alpha: float = 0.5
+    calibration: str = "max"
+    percentile: float = 99.9
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor. `format` is the meaning of its bytes: bf16 | fp32 | fp16 | int4 | nvfp4 | fp8 | scale."""
+    """One stored tensor. `format` says what its bytes mean: bf16 | fp32 | fp16 | int4 | int8 | nvfp4 | fp8 | scale."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -161,7 +168,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """One quantised linear layer of the artifact: which stored tensors make it up.
+    """One quantised linear layer of the artifact, or a table: which stored tensors make it up.
 
     `tensors` maps a role (codes, scale, global_scale, input_scale) to a tensor name.
     `shape` is (out_features, in_features) of the dequantised weight.
@@ -192,6 +199,16 @@ class Manifest:
     versions: dict[str, str]
     draft: dict[str, Any] | None = None
 
+    @property
+    def tables(self) -> dict[str, LinearEntry]:
+        """The quantised embedding and output layer: tables of one row per word, among `linears`."""
+        return {name: entry for name, entry in self.linears.items() if ".layers." not in name}
+
+    @property
+    def layer_linears(self) -> dict[str, LinearEntry]:
+        """The quantised linears of decoder layers: `linears` without `tables`."""
+        return {name: entry for name, entry in self.linears.items() if ".layers." in name}
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -219,7 +236,8 @@ class Manifest:
 class DeviceProfile:
     """A device and the runtime that is to run the artifact on it.
 
-    `weight_formats`, `activation_formats`, `kv_formats` list what `runtime` really runs on this device;
+    `weight_formats`, `activation_formats`, `kv_formats` and `embedding_formats` (also of the output layer) list what
+    `runtime` really runs on this device;
     `reserved_bytes` is what the operating system keeps, `overhead_bytes` what the runtime takes for itself.
     """
 
@@ -233,6 +251,7 @@ class DeviceProfile:
     weight_formats: tuple[str, ...]
     activation_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
+    embedding_formats: tuple[str, ...]
     group_sizes: tuple[int, ...]
     source: str
 

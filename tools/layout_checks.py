@@ -117,13 +117,12 @@ def new_model(case: Case) -> nn.Module:
 
 
 def calibrate(case: Case, model: nn.Module, found: dict[str, Any]) -> None:
-    """AWQ where the recipe says so, quantizers, maxima: as jobs/training.py does it.
+    """AWQ or SmoothQuant where the recipe says so, quantizers, maxima: as jobs/training.py does it.
 
     Into `found`: AWQ's choices; "maxima", how many elements of each maximum are not the reference's; "noise", how far
     each is from the reference's before both are snapped, relative; and whether all are what weights and data say.
     """
-    from megatron_edge.artifact import formats
-    from megatron_edge.quantize import apply, awq
+    from megatron_edge.quantize import apply, awq, clip, smoothquant
     from megatron_edge.train import step
 
     batches = case.data.train.calibration(CALIBRATION_WINDOWS).split(EVALUATION_BATCH)
@@ -136,16 +135,20 @@ def calibrate(case: Case, model: nn.Module, found: dict[str, Any]) -> None:
         with watched(data_quantizers(model), see):
             step.run_forward(model, batches, case.session)
 
-    if case.plan.algorithm == "awq":
+    if case.plan.algorithm in ("awq", "awq_clip"):
         tokens = CALIBRATION_WINDOWS * SEQ_LENGTH_TOKENS
         wanted = case.config.quant.awq_tokens
         choices = awq.search_and_fold(model, case.plan, forward_loop, calib_tokens=tokens, awq_tokens=wanted)
         found["choices"] = {name: asdict(choice) for name, choice in choices.items()}
-    apply.calibrate(model, case.plan, apply.insert_quantizers(model, case.plan), forward_loop)
+    elif case.plan.algorithm == "smoothquant":
+        smoothquant.smooth_and_fold(model, case.plan, forward_loop)
+    clipped = clip.clip_weights(model, case.plan, forward_loop) if case.plan.algorithm == "awq_clip" else {}
+    apply.calibrate(model, case.plan, apply.insert_quantizers(model, case.plan), forward_loop, clipped)
     state, raw = state_of(model), raw_maxima(model, seen)
-    kinds = {name: q.backend_extra_args["format"] for name, q in apply.enabled_quantizers(model).items()}
-    wrong = [num_differing(formats.snap_amax(kinds[n], value.float()), state[n + ".amax"]) for n, value in raw.items()]
-    found["values"]["unexplained"] = float(sum(wrong))
+    kinds = {name: q.backend_extra_args for name, q in apply.enabled_quantizers(model).items()}
+    if keeps_maxima(case.plan):
+        wrong = [num_differing(snapped(kinds[n], value.float()), state[n + ".amax"]) for n, value in raw.items()]
+        found["values"]["unexplained"] = float(sum(wrong))
     if case.is_reference:
         keep(case.file("state"), state | {name + ".raw": value for name, value in raw.items()})
         return
@@ -154,6 +157,18 @@ def calibrate(case: Case, model: nn.Module, found: dict[str, Any]) -> None:
         (_, a, b), (_, raw_a, raw_b) = against_reference(case.file("state"), both, case.session)
         found["maxima"][name] = num_differing(a, b)
         found["noise"][name] = float(((raw_a - raw_b).abs() / raw_b.clamp_min(1e-30)).max())
+
+
+def keeps_maxima(plan: QuantPlan) -> bool:
+    """Whether scales cover the maxima of weights and data, or what percentile, error or clipping made of them."""
+    return plan.calibration == "max" and plan.algorithm != "awq_clip"
+
+
+def snapped(args: dict[str, Any], value: Tensor) -> Tensor:
+    """A raw maximum as its quantizer (of these backend arguments) keeps it."""
+    from megatron_edge.artifact import formats
+
+    return (formats.snap_amax if args["role"] == "weight" else formats.snap_tensor_amax)(args["format"], value)
 
 
 def save(case: Case, model: nn.Module) -> Path:
@@ -179,14 +194,18 @@ def reload(case: Case, model: nn.Module) -> dict[str, float]:
         )
     }
     blocks = [name for name, tensor in state.items() if name.endswith(".weight_quantizer.amax") and tensor.dim() == 2]
+    if not keeps_maxima(case.plan):
+        blocks = []
     if blocks:  # of this rank's own rows and columns: needs no other rank
         values["own_blocks"] = 0.0
     for name in blocks:
         linear = name.removesuffix(".weight_quantizer.amax")
         rule = rule_for(linear, case.plan)
         assert rule is not None
-        own = formats.weight_amax("int4", state[linear + ".weight"], rule.group_size)
-        values["own_blocks"] += num_differing(formats.snap_amax("int4", own), state[name])
+        if rule.weight == "int8" and name.split(".")[-3] in ("linear_proj", "linear_fc2"):
+            continue  # its rows lie on several ranks
+        own = formats.weight_amax(rule.weight, state[linear + ".weight"], rule.group_size)
+        values["own_blocks"] += num_differing(formats.snap_amax(rule.weight, own), state[name])
     saved = save(case, model)
     if case.session.rank == 0:
         reference = read_checkpoint(case.checkpoints(REFERENCE) / saved.name)

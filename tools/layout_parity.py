@@ -1,6 +1,7 @@
 """Is a parallel layout the same model as one process? Import, calibration, checkpoints, quantizers and training losses.
 
 python tools/layout_parity.py [--source DIR_OR_GGUF] [--quant int4_awq nvfp4+fp8 ...] [--layouts PP2 TP3] [--out DIR]
+A format may name leaves of its recipe as well: fp8+fp8:calibration=mse, int4_awq:embedding=int8
 
 One process calibrates and saves; each layout loads that state (through the checkpoint that the layout before it saved)
 and is compared. One more process does everything again with matrix products summed in float64: the difference that the
@@ -161,17 +162,18 @@ def layout_plan(name: str) -> ParallelPlan:
 
 
 def compose(job_arguments: list[str], name: str) -> Any:
-    """The configuration of a format, `quant` or `quant+kv`: fp32, few tokens."""
+    """The configuration of a format, `quant` or `quant+kv`, with `:leaf=value,...` of the recipe: fp32, few tokens."""
     from megatron_edge.compose import compose as composed
 
-    quant, _, kv = name.partition("+")
+    formats, _, leaves = name.partition(":")
+    quant, _, kv = formats.partition("+")
     own = {
         "train.precision": "fp32", "train.micro_batch": 1, "train.global_batch": GLOBAL_BATCH,
         "train.seq_length_tokens": SEQ_LENGTH_TOKENS, "quant.calib_size": CALIBRATION_WINDOWS, "quant.awq_tokens": 256,
     }  # fmt: skip
     arguments = [f"quant={quant}", f"kv={kv or 'none'}", *(f"{key}={value}" for key, value in own.items())]
-    kept = [a for a in job_arguments if not (a.startswith("quant.group_size=") and not quant.startswith("int4"))]
-    return composed(arguments + kept)
+    kept = [a for a in job_arguments if not a.startswith("quant.group_size=") or quant.startswith(("int4", "w4a8"))]
+    return composed(arguments + kept + [f"quant.{one}" for one in leaves.split(",") if one])
 
 
 def refuse_impossible(source: Path, formats: list[str], layouts: list[str]) -> None:
@@ -332,10 +334,11 @@ def rescaled_by(name: str) -> list[str]:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"\n{'layout':8}{'format':18}{'check':72}{'value':>10}{'limit':>10}{'floor':>10}")
+    width = max(18, *(len(row.format) + 2 for row in rows))
+    print(f"\n{'layout':8}{'format':{width}}{'check':72}{'value':>10}{'limit':>10}{'floor':>10}")
     for row in rows:
         numbers = f"{row.value:10.2g}{row.limit:10.2g}{row.floor:10.2g}"
-        print(f"{row.layout:8}{row.format:18}{LIMITS[row.check][0]:72}{numbers}{'' if row.ok else '  FAILED'}")
+        print(f"{row.layout:8}{row.format:{width}}{LIMITS[row.check][0]:72}{numbers}{'' if row.ok else '  FAILED'}")
         if row.detail:
             print(f"{'':28}{row.detail if len(row.detail) < 400 else row.detail[:400] + ' ... (report.json has all)'}")
 

@@ -26,11 +26,13 @@ def shard_of(name: str, whole: Tensor, session: Any) -> Tensor:
     tp_rank, tp = _cut(name, session)
     if name.endswith(".linear_qkv.bias"):
         return whole.chunk(tp)[tp_rank]
-    if whole.dim() < 2 or ".router." in name:
+    row_maxima = name.endswith((".weight_quantizer.amax", ".weight_quantizer.raw"))
+    row_parallel = ".linear_proj." in name or ".linear_fc2." in name
+    if whole.dim() < 2 or ".router." in name or (row_maxima and row_parallel and whole.shape[1] == 1):
         return whole
     if ".linear_fc1." in name:
         return torch.cat([half.chunk(tp)[tp_rank] for half in whole.chunk(2)])
-    return whole.chunk(tp, dim=1 if ".linear_proj." in name or ".linear_fc2." in name else 0)[tp_rank]
+    return whole.chunk(tp, dim=1 if row_parallel else 0)[tp_rank]
 
 
 def input_of(name: str, whole: Tensor, session: Any) -> Tensor:
@@ -50,15 +52,15 @@ def num_differing(a: Tensor, b: Tensor) -> int:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and maxima of this shard by name; maxima of int4 as [rows, groups per row]."""
+    """Weights and maxima of this shard by name; maxima of int4 and int8 weights as [rows, maxima per row]."""
     from megatron_edge.model.build import named_shards
     from megatron_edge.quantize.apply import enabled_quantizers
 
     state = {name: param.detach() for name, param in named_shards(model).items()}
     for name, quantizer in enabled_quantizers(model).items():
         if hasattr(quantizer, "_amax"):
-            amax = quantizer._amax
-            is_block = quantizer.backend_extra_args["format"] == "int4"
+            amax, args = quantizer._amax, quantizer.backend_extra_args
+            is_block = args["role"] == "weight" and args["format"] in ("int4", "int8")
             rows = state[name.rsplit(".", 1)[0] + ".weight"].shape[0] if is_block else 0
             state[name + ".amax"] = amax.reshape(rows, -1) if is_block else amax.reshape(())
     return state
@@ -130,7 +132,7 @@ def raw_maxima(model: nn.Module, seen: dict[str, Tensor]) -> dict[str, Tensor]:
     from megatron_edge.quantize.apply import enabled_quantizers
 
     weights, world = named_shards(model), dist.get_world_size()
-    found, whole = {}, {}
+    found, whole, rows = {}, {}, {}
     for name, quantizer in enabled_quantizers(model).items():
         args = quantizer.backend_extra_args
         if not hasattr(quantizer, "_amax"):
@@ -139,10 +141,17 @@ def raw_maxima(model: nn.Module, seen: dict[str, Tensor]) -> dict[str, Tensor]:
             weight = weights[name.rsplit(".", 1)[0] + ".weight"].detach().abs()
             if args["format"] == "int4":
                 found[name] = weight.unflatten(-1, (-1, args["group_size"])).amax(-1)
+            elif args["format"] == "int8":
+                row_parallel = name.split(".")[-2] in ("linear_proj", "linear_fc2")
+                (rows if row_parallel else found)[name] = weight.amax(-1, keepdim=True)
             else:
                 whole[name] = float(weight.max())
         else:
             whole[name] = float(seen.get(name, torch.zeros(())))
+    parts: list[dict[str, Tensor]] = [{}] * world
+    dist.all_gather_object(parts, rows)
+    for name in rows:
+        found[name] = torch.stack([one[name].to(rows[name].device) for one in parts if name in one]).amax(0)
     everyone: list[dict[str, float]] = [{}] * world
     dist.all_gather_object(everyone, whole)
     for name in whole:

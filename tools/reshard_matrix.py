@@ -43,7 +43,7 @@ class Job:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="random:tiny", help="directory, *.gguf, or random:NAME")
-    parser.add_argument("--quant", default="int4_awq+fp8", help="quant or quant+kv")
+    parser.add_argument("--quant", default="int4_awq+fp8:embedding=int8", help="as of layout_parity.py")
     parser.add_argument("--layouts", nargs="+", help="default: five for a dense model, three for one with experts")
     parser.add_argument("--out", type=Path, help="where everything is kept; else a temporary directory")
     chosen = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The arithmetic under `formats`, its only caller: divisions and roundings that give the same bits on CPU and CUDA.
+"""The arithmetic under `formats` and `scales`, its only callers: roundings that give the same bits on CPU and CUDA.
 
 Division is always by a tensor on the same device: CUDA turns division by a Python number into a multiplication by its
 reciprocal, which rounds differently from the CPU.
@@ -24,11 +24,18 @@ def divide(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
     return numerator / denominator
 
 
+def short_scale(scale: Tensor) -> Tensor:
+    """fp16 scales as they are; fp32 ones cut down to 13 significant bits, so that a product with a code is exact."""
+    if scale.dtype == torch.float16:
+        return scale
+    return (scale.contiguous().view(torch.int32) & -(1 << 11)).view(torch.float32)
+
+
 def lossless_scale(scale: Tensor) -> Tensor:
     """fp16 or fp32 scales -> the nearest ones, walking down, that pass the conditions of `snap_amax`."""
     integer, step = (torch.int16, 1) if scale.dtype == torch.float16 else (torch.int32, 1 << 11)
     # Bit patterns of positive floats are ordered as the floats are: an integer step is one in the last place kept.
-    bits = scale.contiguous().view(integer) & -step
+    bits = short_scale(scale).contiguous().view(integer)
     for _ in range(9):  # no run of lossy scales is longer
         value = bits.view(scale.dtype).float()
         inverse = value.reciprocal()

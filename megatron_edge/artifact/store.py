@@ -109,7 +109,7 @@ class ArtifactWriter:
             shutil.rmtree(self.side_files)
 
     def add(self, name: str, tensor: Tensor, format: str) -> None:
-        """`format` says what the bytes mean: bf16 | fp32 | fp16 | int4 | nvfp4 | fp8 | scale."""
+        """`format` says what the bytes mean: bf16 | fp32 | fp16 | int4 | int8 | nvfp4 | fp8 | scale."""
         stored = self._shards.add(name, tensor)
         self._entries[name] = (tuple(stored.shape), _name_of(stored.dtype), format, sha256_of_tensor(stored))
 
@@ -211,7 +211,7 @@ class ArtifactReader:
             parts[role] = self.tensor(entry.tensors[role])
             if (found := (_name_of(parts[role].dtype), tuple(parts[role].shape))) != (dtype, shape):
                 raise InputError(f"artifact={self.directory}: {entry.tensors[role]} is {found}, not {(dtype, shape)}")
-        group_size = {"fp8": 0, "nvfp4": formats.NVFP4_BLOCK}.get(entry.format, entry.group_size)
+        group_size = {"fp8": 0, "int8": 0, "nvfp4": formats.NVFP4_BLOCK}.get(entry.format, entry.group_size)
         global_scale = parts.get("global_scale")
         return formats.Encoded(entry.format, parts["codes"], parts["scale"], global_scale, entry.shape, group_size)
 
@@ -251,6 +251,8 @@ def expected_parts(linear: LinearEntry) -> dict[str, tuple[str, tuple[int, ...]]
         parts = {"codes": ("float8_e4m3fn", linear.shape), "scale": ("float32", ())}
     elif linear.format == "int4":
         parts = {"codes": packed, "scale": ("float16", (out_features, in_features // max(linear.group_size, 1)))}
+    elif linear.format == "int8":
+        parts = {"codes": ("int8", linear.shape), "scale": ("float16", (out_features, 1))}
     elif linear.format == "nvfp4":
         blocks = (out_features, in_features // formats.NVFP4_BLOCK)
         parts = {"codes": packed, "scale": ("float8_e4m3fn", blocks), "global_scale": ("float32", ())}
@@ -298,7 +300,7 @@ def _part_problems(manifest: Manifest) -> list[str]:
             elif (stored.dtype, stored.shape) != (dtype, shape):
                 found = (stored.dtype, stored.shape)
                 problems.append(f"tensor {name}: is {found}; as {role} of {linear} it must be {(dtype, shape)}")
-    if manifest.kv.get("format") == "fp8":
+    if manifest.kv.get("format") in formats.STATIC_KV_FORMATS:
         found_keys = (_KEY_PROJECTION.match(name) for name in (*manifest.linears, *manifest.tensors))
         for attention in sorted({found[1] for found in found_keys if found}):
             scales = {f"{attention}.k_scale", f"{attention}.v_scale"}

@@ -53,8 +53,8 @@ def compress(checkpoint: Path, writer: ArtifactWriter, hf_config: dict, plan: Qu
         else:
             for name, entry in _encode_linear(source, rule, whole, dims, chosen, writer):
                 done.linears[name] = entry
-    if plan.kv == "fp8":
-        _add_kv_scales(source, writer, dims)
+    if plan.kv in formats.STATIC_KV_FORMATS:
+        _add_kv_scales(source, writer, dims, plan.kv)
     return done
 
 
@@ -62,10 +62,11 @@ def _encode_linear(
     source: CheckpointTensors, rule: ParamRule, whole: Tensor, dims: ModelDims, chosen: Any, writer: ArtifactWriter
 ) -> Iterator[tuple[str, LinearEntry]]:
     module = rule.pattern.removesuffix(".weight")
-    is_block = chosen.weight == "int4"
+    per_row = formats.scales_per_row(chosen.weight, whole.shape[1], chosen.group_size)
+    is_block = per_row > 0
     keys = amax_keys(f"{module}.weight_quantizer", is_block)
     amax = torch.cat([source.read(key) for key in keys])
-    amax_parts = cut(amax, rule, dims, columns_per_entry=chosen.group_size) if is_block else {}
+    amax_parts = cut(amax, rule, dims, columns_per_entry=whole.shape[1] // per_row) if is_block else {}
     input_scale = None
     if chosen.activation != "none":
         input_amax = source.read(f"{PREFIX}{module}.input_quantizer.amax").reshape(())
@@ -88,9 +89,9 @@ def _encode_linear(
         yield name, LinearEntry(chosen.weight, chosen.activation, chosen.group_size, shape, tensors)
 
 
-def _add_kv_scales(source: CheckpointTensors, writer: ArtifactWriter, dims: ModelDims) -> None:
+def _add_kv_scales(source: CheckpointTensors, writer: ArtifactWriter, dims: ModelDims, fmt: str) -> None:
     for layer in range(dims.num_layers):
         for which in "kv":
             key = f"{PREFIX}decoder.layers.{layer}.self_attention.core_attention.{which}_bmm_quantizer.amax"
-            scale = formats.tensor_scale("fp8", source.read(key).reshape(()))
+            scale = formats.tensor_scale(fmt, source.read(key).reshape(()))
             writer.add(f"model.layers.{layer}.self_attn.{which}_scale", scale, "scale")

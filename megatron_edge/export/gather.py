@@ -57,7 +57,7 @@ class CheckpointTensors:
 def cut(whole: Tensor, rule: ParamRule, dims: ModelDims, *, columns_per_entry: int = 1) -> dict[str, Tensor]:
     """Cuts an unsharded Megatron tensor into the Hugging Face tensors of `rule`.
 
-    `columns_per_entry` > 1 cuts a tensor with one column per block of that many weights (int4 scales and maxima).
+    `columns_per_entry` > 1 cuts a tensor with one column per block of that many weights (maxima of int4 and int8).
     """
     parts: dict[str, Tensor] = {}
     for piece in pieces(rule, dims):

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a proven artifact: export, verify, evaluate it, and the closing summary. One process."""
+"""From a run's checkpoint to a proven artifact: export, verify, and the closing summary. One process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_edge.export.compress import compress
 from megatron_edge.families import dims_of
 from megatron_edge.jobs.preflight import CONFIG_FILE
 from megatron_edge.log import console
-from megatron_edge.model.source import ModelSource, load_tokenizer, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.quantize import policy
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.verify.report import Limits, Verification, table, verify_artifact
@@ -37,7 +37,7 @@ def finish(config: RunConfig) -> None:
     Raises:
         VerificationFailed: a check does not hold; everything is on disk nevertheless.
     """
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     _export(config, source)
     report = _verify(config, source.hf_config)
     _summary(config, report)
@@ -47,7 +47,7 @@ def finish(config: RunConfig) -> None:
 def export(config: RunConfig, launch: Launch) -> None:
     """run_dir's newest checkpoint as the canonical artifact and export.targets. Rank 0 does it."""
     if launch.rank == 0:
-        _export(config, open_source(resolve_source(config.model.source, config.model.revision)))
+        _export(config, open_model(config.model))
 
 
 def verify(config: RunConfig, launch: Launch) -> None:
@@ -68,30 +68,6 @@ def verify(config: RunConfig, launch: Launch) -> None:
     report = _verify(of_run, _intact_config(artifact), artifact, run_dir)
     console().print(table(report))
     _raise_unless_ok(report, run_dir / "verify.json")
-
-
-def evaluate(config: RunConfig, launch: Launch) -> None:
-    """Held-out loss and perplexity of artifact=DIR. Rank 0 does it."""
-    if launch.rank != 0:
-        return
-    from megatron_edge.train.data import load_data
-    from megatron_edge.verify.quality import Windows, load_model, nats_per_token
-
-    directory = Path(str(config.artifact))
-    reader = ArtifactReader(directory)
-    tokenizer = load_tokenizer(directory)
-    cache = Path(config.run_dir) / "data"
-    data = load_data(config.data, tokenizer, config.train.seq_length_tokens, config.train.seed, cache)
-    batch = data.heldout.evaluation(config.data.eval_tokens)
-    windows = Windows(batch.tokens, batch.documents, batch.positions, batch.loss_mask)
-    loss = nats_per_token(load_model(reader, getattr(torch, reader.manifest.dtype)), windows)
-    log.info(
-        "%s: %.4f nats/token, perplexity %.3f over %d tokens",
-        directory,
-        loss,
-        torch.tensor(loss).exp(),
-        windows.counted_tokens,
-    )
 
 
 def _intact_config(artifact: Path) -> dict[str, Any] | None:
@@ -131,7 +107,12 @@ def _export(config: RunConfig, source: ModelSource) -> None:
             quant=asdict(quant_plan),
             kv=done.kv,
             tokenizer_sha=sha256_of_file(writer.side_files / "tokenizer.json"),
-            source={"model": config.model.source, "fingerprint": source.fingerprint(), "step": found.step},
+            source={
+                "model": config.model.source,
+                "hf_config": config.model.hf_config,
+                "fingerprint": source.fingerprint(),
+                "step": found.step,
+            },
             versions={name: version(name) for name in PACKAGES},
         )
     reader = ArtifactReader(directory)

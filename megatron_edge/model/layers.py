@@ -32,6 +32,15 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class FusedRMSNorm(RMSNorm):
+    """apex's kernel: the product with the weight is in fp32 too, and rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+        return fused_rms_norm_affine(x, self.weight, self.weight.shape, self.eps)
+
+
 def rotary_inverse_frequencies(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
     """fp32 [head_dim / 2]. Scaling types: none, linear, llama3 (arXiv 2407.21783; transformers' modeling_rope)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -94,6 +103,13 @@ def experts_class() -> type[nn.Module]:
             return torch.cat(outputs), None
 
     return OutputWeightedExperts
+
+
+def vocab_embedding_class() -> type[nn.Module]:
+    """Megatron's embedding, whose rows tensor parallelism splits."""
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+    return VocabParallelEmbedding
 
 
 class PackedAttention(nn.Module):

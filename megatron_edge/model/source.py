@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_edge.contracts import InputError
+from megatron_edge.model import torch_dist_source
 from megatron_edge.model.download import ALLOWED_SOURCES, PICKLED, resolve_source
 from megatron_edge.model.hf_config import (
     check_tensors,
@@ -31,6 +32,7 @@ __all__ = [
     "ModelSource",
     "head_dim",
     "load_tokenizer",
+    "open_model",
     "open_source",
     "resolve_source",
     "rope_scaling",
@@ -149,13 +151,17 @@ class ModelSource:
     """A checked pretrained model on local disk.
 
     Attributes:
-        path: the directory or *.gguf file.
-        kind: "safetensors" or "gguf".
+        path: the directory or *.gguf file of the weights.
+        kind: "safetensors", "gguf" or "torch_dist".
         hf_config: config.json, checked and completed, with the classic keys (see model.hf_config.checked_config).
+        described_by: the directory of config.json and tokenizer; `path` but for a torch_dist checkpoint.
     """
 
-    def __init__(self, path: Path, kind: str, hf_config: dict[str, Any], store: _Store) -> None:
+    def __init__(
+        self, path: Path, kind: str, hf_config: dict[str, Any], store: _Store, described_by: Path | None = None
+    ) -> None:
         self.path, self.kind, self.hf_config, self._store = path, kind, hf_config, store
+        self.described_by = described_by or path
         self._shapes = expected_tensors(hf_config)
 
     def names(self) -> list[str]:
@@ -202,7 +208,7 @@ class ModelSource:
     def _tokenizer(self) -> Any:
         from megatron_edge.model.gguf_source import GgufStore
 
-        tokenizer = self._store.tokenizer() if isinstance(self._store, GgufStore) else load_tokenizer(self.path)
+        tokenizer = self._store.tokenizer() if isinstance(self._store, GgufStore) else load_tokenizer(self.described_by)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= self.hf_config["vocab_size"]:
             raise InputError(
@@ -216,12 +222,13 @@ class ModelSource:
 
         `AutoTokenizer.from_pretrained(directory)` then gives the ids of `tokenizer()`, in transformers 4 and 5.
         """
-        tokenizer, present = self.tokenizer(), _TOKENIZER_FILES if (self.path / "tokenizer.json").is_file() else ()
+        tokenizer, home = self.tokenizer(), self.described_by
+        present = _TOKENIZER_FILES if (home / "tokenizer.json").is_file() else ()
         if not present:
             tokenizer.save_pretrained(str(directory))
         for name in (*present, "generation_config.json"):
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, directory / name)
+            if (home / name).is_file():
+                shutil.copyfile(home / name, directory / name)
         settings_path = directory / "tokenizer_config.json"
         settings = _read_json(settings_path) if settings_path.is_file() else dict(tokenizer.special_tokens_map)
         for key in ("backend", "is_local", "local_files_only", "name_or_path"):  # of the loading, not of the tokenizer
@@ -246,13 +253,31 @@ class ModelSource:
         _write_json(directory / "config.json", {**self.hf_config, "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-def open_source(path: Path) -> ModelSource:
-    """Open a model directory or *.gguf file and check config, names, shapes and files; reads no weights.
+def open_model(model: Any) -> ModelSource:
+    """The model that a configuration's `model` group names (source, revision, hf_config), downloaded where it has to
+    be. Raises InputError, as `resolve_source` and `open_source`."""
+    described_by = None if model.hf_config is None else resolve_source(model.hf_config, None)
+    return open_source(resolve_source(model.source, model.revision), described_by)
+
+
+def open_source(path: Path, described_by: Path | None = None) -> ModelSource:
+    """Open a model directory, *.gguf file or Megatron checkpoint and check config, names, shapes and files; reads no
+    weights.
+
+    Args:
+        described_by: directory with the config.json and tokenizer of a Megatron checkpoint, if they are not in it.
 
     Raises:
         InputError: naming the path, what was found and what is allowed.
     """
     path = Path(path)
+    if torch_dist_source.is_torch_dist(path):
+        return _open_torch_dist(path, described_by)
+    if described_by is not None:
+        raise InputError(
+            f"model.hf_config={str(described_by)!r}: {path} has its own config.json; allowed: null, but for a Megatron "
+            "checkpoint"
+        )
     if path.is_file() and path.suffix == ".gguf":
         from megatron_edge.model.gguf_source import GgufStore
 
@@ -271,6 +296,19 @@ def open_source(path: Path) -> ModelSource:
         raise InputError(f"{path}: no safetensors, but {others[0]}; allowed: model.source={path / others[0]}")
     store = SafetensorsStore(path)
     return _checked(path, "safetensors", _read_json(path / "config.json"), store)
+
+
+def _open_torch_dist(path: Path, described_by: Path | None) -> ModelSource:
+    home = described_by or torch_dist_source.described_by(path)
+    if home is None or not (home / "config.json").is_file():
+        raise InputError(
+            f"model.hf_config={None if home is None else str(home)!r}: {path} is a Megatron checkpoint, which says "
+            "neither architecture nor tokenizer; allowed: a directory (or hub name) with config.json and tokenizer.json"
+        )
+    config = checked_config(_read_json(home / "config.json"), str(home / "config.json"))
+    store = torch_dist_source.TorchDistStore(path, config)
+    check_tensors(config, store.shapes, str(path))
+    return ModelSource(store.directory, "torch_dist", config, store, home)
 
 
 def _checked(path: Path, kind: str, raw: dict[str, Any], store: _Store) -> ModelSource:

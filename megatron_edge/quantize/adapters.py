@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_edge.contracts import InputError
 from megatron_edge.model.build import chunks_of, named_modules
-from megatron_edge.quantize.state import ROW_PARALLEL
+from megatron_edge.quantize.maxima import ROW_PARALLEL
 from megatron_edge.runtime.session import Session, expert_groups, tensor_group
 
 PREFIX = "adapters."  # of their parameters' names in a chunk

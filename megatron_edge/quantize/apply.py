@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any
@@ -20,23 +19,32 @@ from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
-from megatron_edge.model.build import chunks_of, named_modules
-from megatron_edge.model.layers import PackedAttention
+from megatron_edge.model.build import chunks_of, named_modules, named_shards
+from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
+from megatron_edge.quantize import maxima, ranges
 from megatron_edge.quantize.policy import rule_for
+from megatron_edge.recipe import rule_matches
 from megatron_edge.runtime import compat
-from megatron_edge.runtime.session import compute_device, data_group, expert_groups, tensor_group
+from megatron_edge.runtime.session import data_group, tensor_group
 
 log = logging.getLogger("megatron_edge")
 
 BACKEND = "megatron_edge"
 
 # What modelopt needs to know of each format: how maxima are collected. The arithmetic is ours.
-_ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "fp8": {"num_bits": (4, 3), "axis": None},
-    "nvfp4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
-    "int4": {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
-    "int8_kv": {"num_bits": 8, "axis": None, "type": "dynamic"},
+_PER_TENSOR: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
+_ATTRIBUTES: dict[tuple[str, str], dict[str, Any]] = {
+    ("weight", "fp8"): _PER_TENSOR,
+    ("weight", "nvfp4"): {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
+    ("weight", "int4"): {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
+    ("weight", "int8"): {"num_bits": 8, "axis": 0},
+    ("input", "nvfp4"): {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
+    ("kv", "int8"): {"num_bits": 8, "axis": None, "type": "dynamic"},
 }
+
+
+# What a quantizer keeps of its first use, which modelopt does not forget when its format changes.
+_OF_ANOTHER_FORMAT = ("_amax", "_block_reshape_size", "_original_shape", "_padding", "_slices")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -65,6 +73,8 @@ def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
         amax = getattr(quantizer, "_amax", None)
         if args["role"] == "kv":
             value = formats.fake_quantize_kv(args["format"], x, amax)
+        elif args["role"] == "input":
+            value = formats.fake_quantize_input(args["format"], x, amax)
         else:
             value = formats.fake_quantize(args["format"], x, amax, args["group_size"])
     if getattr(quantizer, "_keep", False):
@@ -86,8 +96,8 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _register() -> None:
-    """modelopt knows Megatron's linear layers; it has to be told of our attention and of our numerics."""
-    from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+    """modelopt knows Megatron's linear layers; it has to be told of its embedding, our attention and our numerics."""
+    from modelopt.torch.quantization.nn import QuantEmbedding, QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
@@ -109,11 +119,20 @@ def _register() -> None:
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return super().forward(query, self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs)
 
+    class QuantVocabParallelEmbedding(QuantEmbedding):
+        """This rank's rows of the table, quantised where they are looked up."""
+
+        def _setup(self) -> None:
+            super()._setup()
+            self.parallel_state = ParallelState(data_group(), tensor_group())
+
     QuantModuleRegistry.register({PackedAttention: "edge_PackedAttention"})(QuantPackedAttention)
+    QuantModuleRegistry.register({vocab_embedding_class(): "edge_VocabParallelEmbedding"})(QuantVocabParallelEmbedding)
 
 
 def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
-    """Adds the plan's quantizers to this shard, not yet calibrated. In place; all ranks call it.
+    """Adds the plan's quantizers to this shard, not yet calibrated, in the place of any that it has. In place; all
+    ranks call it.
 
     Returns:
         How many modules of the whole model each pattern (of rules and exclusions) matches.
@@ -125,6 +144,10 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
     import modelopt.torch.quantization as mtq
 
     _register()
+    for _, quantizer in _quantizers(model):
+        for attribute in _OF_ANOTHER_FORMAT:
+            if hasattr(quantizer, attribute):
+                delattr(quantizer, attribute)
     names = {module: name for name, module in named_modules(model)}
     matches = _count_matches(list(names.values()), plan)
     for chunk in chunks_of(model):
@@ -138,12 +161,20 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
         if len(entries) > 1:
             with contextlib.redirect_stdout(None):  # modelopt prints a count per rank; the report has better ones
                 mtq.quantize(chunk, {"quant_cfg": entries, "algorithm": None})
+            _share_table_quantizer(chunk)
     return matches
+
+
+def _share_table_quantizer(chunk: Any) -> None:
+    """Megatron hands a tied table of its own stage to the output layer as an argument, which the output layer's
+    quantizer quantises: let that be the embedding's, so that a table has one maximum and is quantised once."""
+    if chunk.share_embeddings_and_output_weights and chunk.pre_process and chunk.post_process:
+        chunk.output_layer.weight_quantizer = chunk.embedding.word_embeddings.weight_quantizer
 
 
 def _kv_entries(name: str, kv: str) -> list[dict[str, Any]]:
     args = {"format": kv, "role": "kv", "group_size": 0}
-    cfg = _attributes("int8_kv" if kv == "int8" else kv, 0, args)
+    cfg = _attributes(args)
     return [{"quantizer_name": f"{name}.{which}_bmm_quantizer", "cfg": cfg} for which in "kv"]
 
 
@@ -152,26 +183,31 @@ def _linear_entries(name: str, rule: QuantRule) -> list[dict[str, Any]]:
     for role, chosen in (("weight", rule.weight), ("input", rule.activation)):
         if chosen != "none":
             args = {"format": chosen, "role": role, "group_size": rule.group_size}
-            cfg = _attributes(chosen, rule.group_size, args)
+            cfg = _attributes(args)
             entries.append({"quantizer_name": f"{name}.{role}_quantizer", "cfg": cfg})
     return entries
 
 
-def _attributes(kind: str, group_size: int, args: dict[str, Any]) -> dict[str, Any]:
-    attributes = {**_ATTRIBUTES[kind], "backend": BACKEND, "backend_extra_args": args}
-    if kind == "int4":
-        attributes["block_sizes"] = {-1: group_size, "type": "static"}
+def _attributes(args: dict[str, Any]) -> dict[str, Any]:
+    known = _ATTRIBUTES.get((args["role"], args["format"]), _PER_TENSOR)
+    attributes = {**known, "backend": BACKEND, "backend_extra_args": args}
+    if args["format"] == "int4":
+        attributes["block_sizes"] = {-1: args["group_size"], "type": "static"}
     return attributes
 
 
 def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
-    patterns = [rule.pattern for rule in plan.rules] + list(plan.excluded)
-    if not patterns:
+    """An override is one rule for each kind of layer that it reaches: all of them count."""
+    mine: dict[str, set[str]] = {}
+    for rule in plan.rules:
+        mine.setdefault(rule.pattern, set()).update(name for name in names if rule_matches(rule, name))
+    for pattern in plan.excluded:
+        mine.setdefault(pattern, set()).update(name for name in names if fnmatch(name, pattern))
+    if not mine:
         return {}
-    mine = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
     everyone: list[dict[str, set[str]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in patterns}
+    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in mine}
     empty = [pattern for pattern, count in matches.items() if count == 0]
     if empty:
         raise InputError(f"quant: patterns {empty} match no module of the model; names look like {names[-3:]}")
@@ -179,11 +215,16 @@ def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
 
 
 def calibrate(
-    model: nn.Module, plan: QuantPlan, matches: dict[str, int], forward_loop: Callable[[nn.Module], None]
+    model: nn.Module,
+    plan: QuantPlan,
+    matches: dict[str, int],
+    forward_loop: Callable[[nn.Module], None],
+    clipped: dict[str, Tensor] | None = None,
 ) -> QuantReport:
-    """Sets every quantizer's maximum from the weights and from `forward_loop` (data), then snaps it so that the
-    scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a tensor, and those of
-    inputs on all experts of a layer, so that one that saw no token has a safe scale."""
+    """Sets every quantizer's maximum from the weights and from `forward_loop` (data), as plan.calibration says, then
+    snaps it so that the scale that will be stored is exact. All ranks call it; maxima end equal on ranks that share a
+    tensor, and those of inputs on all experts of a layer, so that one that saw no token has a safe scale. `clipped` has
+    maxima of weights, by quantizer, that were found otherwise (clip.py)."""
     from modelopt.torch.quantization import model_calib
 
     enabled = {name: q for name, q in _quantizers(model) if q.is_enabled}
@@ -191,12 +232,24 @@ def calibrate(
         for chunk in chunks_of(model):
             model_calib.enable_stats_collection(chunk)
             model_calib.weight_only_quantize(chunk)
-        if any(_wants_data(q) for q in enabled.values()):
+        if any(maxima.wants_data(q) for q in enabled.values()):
             forward_loop(model)
         for chunk in chunks_of(model):
             model_calib.finish_stats_collection(chunk)
+        found = maxima.shared(enabled) | (clipped or {})
+
+        def run_data() -> None:
+            with quantizers_off(model):
+                forward_loop(model)
+
+        if plan.calibration == "percentile":
+            found |= ranges.percentile(enabled, found, plan.percentile, run_data)
+        elif plan.calibration == "mse":
+            if any(maxima.wants_data(q) for q in enabled.values()):
+                found |= ranges.least_error_of_data(enabled, found, run_data)
+            found |= ranges.least_error_of_weights(enabled, found, named_shards(model), dist.get_rank())
     amax = {}
-    for name, value in _shared_maxima(enabled).items():
+    for name, value in found.items():
         set_amax(enabled[name], value)
         amax[name] = float(enabled[name]._amax.max())
     disabled = tuple(name for name, q in _quantizers(model) if not q.is_enabled)
@@ -225,50 +278,13 @@ def _counted_tokens(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def _shared_maxima(quantizers: dict[str, Any]) -> dict[str, Tensor]:
-    """Collected maxima, equal on all ranks that share what they are of. All ranks call it with the same layers."""
-    expert_tensor, expert_model, expert_data = expert_groups()
-    groups: dict[str, list[Any]] = {
-        "shard": [tensor_group(), data_group()],
-        "expert": [expert_tensor, expert_data],
-        "experts": [expert_tensor, expert_model, expert_data],
-    }
-    shared: dict[str, dict[str, list[str]]] = {kind: {} for kind in groups}  # kind -> what shares a maximum -> names
-    found = {}
-    for name, quantizer in quantizers.items():
-        args = quantizer.backend_extra_args
-        if args["format"] == "int4":
-            found[name] = quantizer._amax  # of blocks, which no rank shares but with its replicas
-        elif args["format"] != "int8":
-            kind = "shard" if ".local_experts." not in name else "experts" if args["role"] == "input" else "expert"
-            key = re.sub(r"(?<=\.local_experts\.)\d+", "*", name) if kind == "experts" else name
-            shared[kind].setdefault(key, []).append(name)
-    for kind, keys in shared.items():
-        if not keys:
-            continue
-        maxima = torch.stack([_largest([quantizers[name] for name in names]) for names in keys.values()])
-        for group in groups[kind]:
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-        for names, value in zip(keys.values(), maxima, strict=True):
-            found.update((name, value) for name in names)
-    return found
-
-
-def _largest(quantizers: list[Any]) -> Tensor:
-    """fp32 []; 0 where none of them saw anything."""
-    seen = [q._amax.detach().float().reshape(()) for q in quantizers if getattr(q, "_amax", None) is not None]
-    return torch.stack(seen).max() if seen else torch.zeros((), device=compute_device())
-
-
-def _wants_data(quantizer: Any) -> bool:
-    return quantizer.backend_extra_args["role"] != "weight" and quantizer.backend_extra_args["format"] != "int8"
-
-
 def set_amax(quantizer: Any, value: Tensor) -> None:
-    """Sets a quantizer's maximum, in fp32 and snapped; int4: any shape with one element per group."""
+    """Sets a quantizer's maximum, in fp32 and snapped; int4 and int8 weights: any shape with one element per group or
+    row."""
     args = quantizer.backend_extra_args
-    value = formats.snap_amax(args["format"], value.detach().float())
-    if args["format"] == "int4":
+    snap = formats.snap_amax if args["role"] == "weight" else formats.snap_tensor_amax
+    value = snap(args["format"], value.detach().float())
+    if args["role"] == "weight" and args["format"] in ("int4", "int8"):
         value = value.reshape(-1, 1)
     if hasattr(quantizer, "_amax"):
         delattr(quantizer, "_amax")
@@ -285,6 +301,19 @@ def _quantizers(model: nn.Module) -> list[tuple[str, Any]]:
 def enabled_quantizers(model: nn.Module) -> dict[str, Any]:
     """Enabled quantizers of this shard by their name in the whole model (…linear_fc1.weight_quantizer)."""
     return {name: quantizer for name, quantizer in _quantizers(model) if quantizer.is_enabled}
+
+
+@contextlib.contextmanager
+def only_quantized(model: nn.Module, pattern: str) -> Iterator[None]:
+    """Inside, the quantizers of the modules that `pattern` (fnmatch, names in the whole model) matches are alone."""
+    others = [q for name, q in enabled_quantizers(model).items() if not fnmatch(name.rsplit(".", 1)[0], pattern)]
+    for quantizer in others:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in others:
+            quantizer.enable()
 
 
 @contextlib.contextmanager

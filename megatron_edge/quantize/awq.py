@@ -87,7 +87,7 @@ def search_and_fold(
         for name, site in sites:
             scales[name], choices[prefix + name] = _search(site)
         for name, scale in scales.items():
-            _fold(layer, name, scale)
+            fold(layer, name, scale)
     return choices
 
 
@@ -226,7 +226,7 @@ def _sum(value: Tensor, site: _Site) -> Tensor:
     return value
 
 
-def _fold(layer: _Layer, name: str, scale: Tensor) -> None:
+def fold(layer: _Layer, name: str, scale: Tensor) -> None:
     """weight columns x scale; whatever feeds them / scale. Arithmetic in fp32, one rounding to the stored dtype."""
     if name.endswith("linear_fc2"):
         _multiply(layer[name].weight, scale)

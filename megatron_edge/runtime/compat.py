@@ -158,7 +158,6 @@ _HARMLESS_WARNINGS = (
         r"Distributed training is initialized but no parallel_state is set .*QuantMLP",
         "an MLP holds no quantizer itself",
     ),
-    (r"The given buffer is not writable", "modelopt's extra state, which we do not save"),
     (r"`torch.distributed.reduce_scatter_tensor` is deprecated", "Megatron's call of torch"),
     (r"The \.grad attribute of a Tensor that is not a leaf", "the distributed optimizer's parts of a weight"),
     (
@@ -194,14 +193,13 @@ def install() -> None:
     _experts_without_transformer_engine()
     _modelopt_exception_safe()
     _modelopt_leaves_experts_alone()
+    _modelopt_has_no_extra_state()
 
 
 def _megatron_on_cpu() -> None:
     proxy = _TorchOnCpu()
     for name in _MODULES_NAMING_CUDA:
         importlib.import_module("megatron.core." + name).torch = proxy  # type: ignore[attr-defined]
-    # opt/plugins/megatron.py:86 synchronises unconditionally whenever a state dict is made.
-    importlib.import_module("modelopt.torch.opt.plugins.megatron").torch = proxy  # type: ignore[attr-defined]
     _random_states_on_cpu()
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import clip_grads, optimizer
@@ -314,6 +312,14 @@ def _modelopt_leaves_experts_alone() -> None:
 
     assert modelopt.torch.quantization is not None
     QuantModuleRegistry.unregister(SequentialMLP)
+
+
+def _modelopt_has_no_extra_state() -> None:
+    """Checkpoints hold quantizers in our own form (quantize/state.py). opt/plugins/megatron.py:86 synchronises a GPU
+    for modelopt's, and gpt_model.py:825 asserts that a quantised output layer has none."""
+    from modelopt.torch.quantization.plugins import megatron as upstream
+
+    upstream.quant_module_get_extra_state = functools.wraps(upstream.quant_module_get_extra_state)(lambda module: {})
 
 
 def _write_checkpoints_in_process() -> None:

@@ -257,6 +257,9 @@ def _report(error: BaseException, processes: Processes, meeting: Meeting | None)
         if isinstance(error, kind):
             if meeting.is_first(f"{label}/{hashlib.sha256(str(error).encode()).hexdigest()}"):
                 sys.stderr.write(f"{label}: {error}\n")
+                sys.stderr.flush()
+            if kind not in (RankLost, VerificationFailed):  # which not all ranks come to
+                meeting.leave_together()
             return code
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write(f"interrupted: rank {processes.rank}\n")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KEYS = "megatron_edge"
 ARRIVAL_SECONDS = 1800.0  # as torch's own rendezvous
 REFUSAL_SECONDS = 30.0
+LEAVING_SECONDS = 3.0
 
 
 class Meeting:
@@ -107,6 +108,18 @@ class Meeting:
             return self.store.add(f"said/{what}", 1) == 1
         except RuntimeError:  # the process that held the store is gone
             return what == "crash" or self.rank == 0
+
+    def leave_together(self) -> None:
+        """Waits a moment for the others, so that none is ended by a signal while it still leaves with its own code."""
+        if self.store is None:
+            return
+        try:
+            self.store.add("leaving", 1)
+            deadline = time.monotonic() + LEAVING_SECONDS
+            while self.store.add("leaving", 0) < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.01)
+        except RuntimeError:  # the process that held the store is gone
+            return
 
 
 def _with_prefix(prefix: str, store: Store) -> Store:

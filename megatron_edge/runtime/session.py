@@ -49,6 +49,13 @@ def data_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def context_group() -> Any:
+    """Process group of the ranks that share this rank's windows, each with a part of their text."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
 def expert_groups() -> tuple[Any, Any, Any]:
     """Process groups of the ranks that share this rank's experts, that hold the other experts of its layers, and that
     hold the same experts."""

@@ -7,6 +7,8 @@ everything that ranks do together; whoever works through a long stage calls `mar
 A daemon thread in each process looks once a second at its main thread: progress is a `mark`, or a main thread that
 stands elsewhere than before. It puts its sign of life into the store, with where the main thread stands and whether it
 waits there for other ranks. Nobody reads that until a process has itself made no progress for half the time allowed.
+A process that is stopped as a whole (SIGSTOP) cannot end itself, and where it is alone on its node nobody else can: a
+guard, a small process of its own, does.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import json
 import linecache
+import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +37,25 @@ from megatron_edge.contracts import RankLost
 BEAT_SECONDS = 1.0
 EXIT_CODE = 5
 LISTED_RANKS = 16
+
+# Reads a byte per beat; kills its parent after `sys.argv[1]` seconds without one. It counts selects, not the clock:
+# stopped and continued together with its parent, it has lost no time. Standard library alone: there at once, and small.
+_GUARD = """
+import os, select, signal, sys
+limit, parent, quiet = int(sys.argv[1]), os.getppid(), 0
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+while quiet < limit:
+    if select.select([0], [], [], 1.0)[0]:
+        if not os.read(0, 4096):
+            sys.exit()
+        quiet = 0
+    else:
+        quiet += 1
+if os.getppid() == parent:
+    os.kill(parent, signal.SIGKILL)
+"""
+GUARD_GRACE_SECONDS = 10  # beyond the other ranks' verdict, which names this one
 
 Sign = dict[str, Any]  # what `_Watch._beat` writes
 
@@ -64,6 +87,7 @@ def watching(store: Any, rank: int, world_size: int, timeout_seconds: float) -> 
     finally:
         watch.ended.set()
         watch.join(5 * BEAT_SECONDS)
+        watch.close_guard()
 
 
 class _Watch(threading.Thread):
@@ -72,6 +96,7 @@ class _Watch(threading.Thread):
         self.store, self.rank, self.world_size, self.timeout_seconds = store, rank, world_size, timeout_seconds
         self.ended = threading.Event()
         self._beats = 0
+        self._guard = _start_guard(timeout_seconds) if world_size > 1 else None
 
     def run(self) -> None:
         quiet, before, last = 0.0, None, None
@@ -96,8 +121,16 @@ class _Watch(threading.Thread):
                     self._say(f"lost: rank {self.rank} has lost the launcher's store, and with it all others ({error})")
                     os._exit(EXIT_CODE)
 
+    def close_guard(self) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            self._guard.wait()
+
     def _beat(self, quiet: float, frames: list[FrameType]) -> None:
         self._beats += 1
+        if self._guard is not None and self._guard.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # somebody ended the guard: the job goes on without
+                self._guard.stdin.write(b".")
         sign = {
             "beat": self._beats, "pid": os.getpid(), "node": os.environ.get("GROUP_RANK"), "quiet_seconds": quiet,
             "waits": _waits(frames), "where": _where(frames), "doing": _doing,
@@ -168,6 +201,12 @@ class _Watch(threading.Thread):
                 f"{_ranks(gone)} ended without a word (killed, out of memory, or its host is gone); "
                 "the same command continues from the last checkpoint"
             ) from error
+
+
+def _start_guard(timeout_seconds: float) -> subprocess.Popen[bytes]:
+    limit = math.ceil(timeout_seconds) + GUARD_GRACE_SECONDS
+    command = [sys.executable, "-I", "-S", "-c", _GUARD, str(limit)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
 
 
 def silent(before: list[Sign | None], now: list[Sign | None]) -> dict[int, Sign | None]:

@@ -18,7 +18,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import save_tensors
 from megatron_edge.contracts import QuantPlan
 from megatron_edge.families import dims_of, find_rule, pieces, rules_of
-from megatron_edge.model.build import is_copy_of_embedding, named_shards, tensor_shard
+from megatron_edge.model.build import named_shards, tensor_shard
 from megatron_edge.quantize.apply import enabled_quantizers
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime.session import Session
@@ -38,8 +38,8 @@ def sha256(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def round_unquantised(model: nn.Module) -> None:
-    """Rounds what no weight quantizer covers (embeddings, norms) to bf16, in place: the artifact stores it so, and the
-    model that is measured shall be the one that is shipped. A model trained in bf16 does not change."""
+    """Rounds what no weight quantizer covers (norms, often embeddings) to bf16, in place: the artifact stores it so,
+    and the model that is measured shall be the one that is shipped. A model trained in bf16 does not change."""
     quantizers = enabled_quantizers(model)
     for name, param in named_shards(model).items():
         if name.removesuffix(".weight") + ".weight_quantizer" not in quantizers:
@@ -121,7 +121,8 @@ def _write(
 
 @torch.no_grad()
 def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: Session) -> list[dict[str, Any]]:
-    """One entry for each part of a Hugging Face tensor that this shard holds; replicated ones once per model."""
+    """One entry for each part of a Hugging Face tensor that this shard holds; replicated ones once per model, a tied
+    embedding once per stage that holds it."""
     rules, dims = rules_of(hf_config), dims_of(hf_config)
     quantizers = enabled_quantizers(model)
     entries = []
@@ -130,7 +131,7 @@ def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: 
         assert rule is not None
         speaks = session.edp_rank == 0 if rule.is_expert else session.holds_first_copy
         tp_rank, tp = tensor_shard(rule, session)
-        if not speaks or is_copy_of_embedding(name, model) or (rule.split_axis is None and tp_rank > 0):
+        if not speaks or (rule.split_axis is None and tp_rank > 0):
             continue
         quantizer = quantizers.get(name.removesuffix(".weight") + ".weight_quantizer")
         used = param.detach() if quantizer is None else quantizer(param.detach())
@@ -146,7 +147,7 @@ def _weight_slices(model: nn.Module, hf_config: dict, plan: QuantPlan, session: 
             }
             if quantizer is not None and chosen is not None:
                 amax = quantizer._amax
-                if chosen.weight == "int4":
+                if formats.scales_per_row(chosen.weight, param.shape[1], chosen.group_size):
                     amax = amax.reshape(param.shape[0], -1)[rows]
                 entry |= _code_hashes(chosen, param.detach()[rows], amax)
             entries.append(entry)
@@ -183,5 +184,5 @@ def _static_scales(model: nn.Module, hf_config: dict) -> tuple[dict[str, Any], d
                 activations[target.removesuffix(".weight")] = {"format": kind, "input_scale": scale}
         elif role in ("k_bmm_quantizer", "v_bmm_quantizer"):
             layer = module.split(".")[2]
-            kv.setdefault(layer, {})[f"{role[0]}_scale"] = float(formats.tensor_scale("fp8", quantizer._amax))
+            kv.setdefault(layer, {})[f"{role[0]}_scale"] = float(formats.tensor_scale(kind, quantizer._amax))
     return activations, kv

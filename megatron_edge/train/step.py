@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize import adapters
 from megatron_edge.quantize.apply import constant_weights
@@ -235,7 +236,7 @@ def _reduce(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, 
 @torch.no_grad()
 def run_forward(model: nn.Module, batches: Iterable[Batch], session: Session) -> None:
     """Runs batches through the pipeline for what quantizers or hooks see (calibration). All ranks call it."""
-    forward_only(model, list(batches), session, lambda output, batch: {})
+    forward_only(model, list(batches), session, lambda output, batch: {}, shown_as="calibrating")
 
 
 @torch.no_grad()
@@ -246,6 +247,25 @@ def evaluate(model: nn.Module, batches: list[Batch], session: Session) -> float:
     mine = filled[session.dp_rank :: session.plan.dp]
     with constant_weights(model):
         found = forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2])
+    total, tokens = _reduce(found, session)
+    return total / max(tokens, 1)
+
+
+@torch.no_grad()
+def mean_of_logits(
+    model: nn.Module, batches: list[Batch], session: Session, measure: Callable[[Tensor], Tensor]
+) -> float:
+    """Mean per counted token of what `measure(logits [n, vocabulary / tp])` gives as a sum over the n counted
+    tokens of a micro-batch; equal on its tensor-parallel ranks. Batches are shared out as in `evaluate`. All ranks call
+    it, and have the result."""
+    filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp)
+
+    def keep(output: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
+        total = measure(output[batch.loss_mask])
+        return {"total": total, "tokens": batch.loss_mask.sum().to(torch.int)}
+
+    with constant_weights(model):
+        found = forward_only(model, filled[session.dp_rank :: session.plan.dp], session, keep, with_labels=False)
     total, tokens = _reduce(found, session)
     return total / max(tokens, 1)
 
@@ -282,13 +302,15 @@ def token_logits(model: nn.Module, batches: list[Batch], session: Session) -> Te
 
 
 def forward_only(
-    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True
+    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True, shown_as: str = ""
 ) -> list[dict[str, Tensor]]:
-    """`keep(output, batch)` of each batch on the last stage's ranks, nothing elsewhere. All ranks call it."""
+    """`keep(output, batch)` of each batch on the last stage's ranks, nothing elsewhere. All ranks call it; `shown_as`
+    gives rank 0 a progress bar of that name."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
+        next(progress, None)
         output = forward(chunk, batch, labels=batch.labels if with_labels else None)
         zero = torch.zeros((), dtype=torch.int, device=output.device)
         return output, lambda result: (result.sum() * 0, zero, keep(result, batch))
@@ -298,6 +320,8 @@ def forward_only(
     filled = batches
     if session.plan.vpp > 1:  # interleaved schedules want whole rounds of the pipeline
         filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.pp)
+    total = len(filled) * len(chunks)
+    progress = track(range(total), shown_as, total, session.rank if shown_as else -1)
     model.eval()
     try:
         return get_forward_backward_func()(
@@ -310,4 +334,5 @@ def forward_only(
             forward_only=True,
         )[: len(batches)]
     finally:
+        next(progress, None)  # past the end: a bar is then closed
         model.train(was_training)

@@ -80,7 +80,7 @@ def _quantise(reader: ArtifactReader, weight: str) -> Callable[[torch.Tensor], t
         return None
     amax = formats.amax_of_scale(linear.activation, reader.tensor(linear.tensors["input_scale"]))
     kind = linear.activation
-    return lambda x: formats.fake_quantize(kind, x, amax.to(x.device), formats.NVFP4_BLOCK)
+    return lambda x: formats.fake_quantize_input(kind, x, amax.to(x.device))
 
 
 def _forward(module: Any, before: list[Any], between: list[Any]) -> Callable[..., torch.Tensor]:

@@ -131,11 +131,17 @@ def forward(model: torch.nn.Module, windows: Windows) -> torch.Tensor:
 
 
 def load_model(
-    reader: ArtifactReader, dtype: torch.dtype, device: str = "cpu", activations: bool = True, cache: bool = True
+    reader: ArtifactReader,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    activations: bool = True,
+    cache: bool = True,
+    tables: torch.dtype = torch.float32,
 ) -> torch.nn.Module:
     """transformers' model of the artifact: weights decoded to `dtype`, activations and KV cache fake-quantised.
 
-    `activations` and `cache` False leave those as they are, to compare with a runtime that cannot quantise them.
+    `activations` and `cache` False leave those as they are, to compare with a runtime that cannot quantise them;
+    `tables` is the data type in which such a one has the values of a quantised embedding or output layer.
 
     Raises:
         InputError: a parameter of the model is not in the artifact.
@@ -145,7 +151,7 @@ def load_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in tied:
-                parameter.copy_(weight_of(reader, name, dtype))
+                parameter.copy_(weight_of(reader, name, dtype, tables))
     model.tie_weights()
     model.to(device).eval().requires_grad_(False)
     experts.run_plainly(reader, model, activations)
@@ -165,8 +171,10 @@ def _empty_model(reader: ArtifactReader, dtype: torch.dtype) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def weight_of(reader: ArtifactReader, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """The decoded value of a parameter of transformers' model.
+def weight_of(
+    reader: ArtifactReader, name: str, dtype: torch.dtype, tables: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The decoded value of a parameter of transformers' model, of a quantised table by way of the data type `tables`.
 
     Raises:
         InputError: it is not in the artifact.
@@ -175,6 +183,8 @@ def weight_of(reader: ArtifactReader, name: str, dtype: torch.dtype) -> torch.Te
         return experts.fused_weight(reader, name, lambda part: weight_of(reader, part, dtype))
     name = experts.stored_name(reader, name)
     linear = name.removesuffix(".weight")
+    if linear in reader.manifest.tables:
+        return reader.dequantized(linear, tables).to(dtype)
     if linear in reader.manifest.linears:
         return reader.dequantized(linear, dtype)
     if name not in reader.manifest.tensors:
@@ -198,7 +208,7 @@ def _input_hook(activation: str, amax: torch.Tensor, last: dict[str, Any]) -> Ca
 
     def quantise(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if last["input"] is not args[0] or last["key"] != key:
-            quantised = formats.fake_quantize(activation, args[0], amax.to(args[0].device), formats.NVFP4_BLOCK)
+            quantised = formats.fake_quantize_input(activation, args[0], amax.to(args[0].device))
             last.update(input=args[0], key=key, output=quantised)
         return (last["output"], *args[1:])
 
@@ -211,9 +221,9 @@ def _quantise_cache(reader: ArtifactReader, model: torch.nn.Module, cache: str) 
         if not name.endswith(".self_attn"):
             continue
         module.cache_format, module.cache_amax, module.core = cache, (None, None), "sdpa"
-        if cache == "fp8":
+        if cache in formats.STATIC_KV_FORMATS:
             scales = (reader.tensor(f"{name}.{which}_scale") for which in ("k", "v"))
-            module.cache_amax = tuple(formats.amax_of_scale("fp8", scale) for scale in scales)
+            module.cache_amax = tuple(formats.amax_of_scale(cache, scale) for scale in scales)
 
 
 def _attention(

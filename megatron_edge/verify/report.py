@@ -145,12 +145,14 @@ def check_device(reader: ArtifactReader, limits: Limits) -> runtimes.Findings:
         found.not_run["device"] = "no device was given"
         return found
     manifest, device = reader.manifest, limits.device
-    linears = manifest.linears.values()
+    linears, tables = manifest.layer_linears.values(), manifest.tables.values()
+    groups = {linear.group_size for linear in manifest.linears.values() if linear.format == "int4"}
     used = {
         "weight formats": ({linear.format for linear in linears}, device.weight_formats),
         "activation formats": ({linear.activation for linear in linears} - {"none"}, device.activation_formats),
         "KV formats": ({manifest.kv.get("format", "none")} - {"none"}, device.kv_formats),
-        "int4 groups": ({linear.group_size for linear in linears if linear.format == "int4"}, device.group_sizes),
+        "embedding formats": ({table.format for table in tables}, device.embedding_formats),
+        "int4 groups": (groups, device.group_sizes),
     }
     for metric, (values, allowed) in used.items():
         strangers = sorted(str(value) for value in values - set(allowed))

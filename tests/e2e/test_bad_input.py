@@ -29,6 +29,8 @@ def refused_line(done: object) -> str:
         ("qat", ["train.stepz=3"], ["train.stepz", "did you mean 'train.steps'"]),
         ("qat", ["train.precision=bf61"], ["train.precision='bf61'", "bf16, fp32"]),
         ("qat", ["quant=nvfp5"], ["quant=nvfp5", "nvfp4_w4a16"]),
+        ("qat", ["model.backend=te"], ["model.backend=te: TransformerEngine", "is missing here; allowed: local"]),
+        ("qat", ["model.backend=apex"], ["model.backend=apex: NVIDIA's apex", "is missing here; allowed: local"]),
         ("qat", ["parallel.tensor=2"], ["tensor=2", "1 process"]),
         ("qat", ["+scenario=gateway", "quant=fp8"], ["device=board_2gb", "the nearest is quant=int4_awq"]),
         ("qat", ["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch=3", "2 x 1"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -21,7 +22,10 @@ from tests.e2e.launches import checkpoints, hashes, metrics, run
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 from tools.random_models import RANDOM_MODELS, make_random_model
 
+EMBEDDING = "model.embed_tokens.weight"
+
 pytestmark = pytest.mark.timeout(300)
+TOPICS = sorted(topics)[:12]
 
 
 def reference_facts(run_dir: Path) -> dict[str, Any]:
@@ -54,11 +58,13 @@ def trained_weights(run_dir: Path) -> dict[tuple[str, str], str]:
     }
 
 
-def assert_weights_are_the_trained_ones(model: torch.nn.Module, run_dir: Path) -> None:
+def assert_weights_are_the_trained_ones(
+    model: torch.nn.Module, run_dir: Path, but: frozenset[str] = frozenset()
+) -> None:
     """Every slice that a training rank held, against the same slice of `model` in fp32, byte for byte."""
-    expected = trained_weights(run_dir)
+    expected = {key: sha256 for key, sha256 in trained_weights(run_dir).items() if key[0] not in but}
     weights = {name: weight for name, weight in model.named_parameters() if name.endswith(".weight")}
-    assert {name for name, _ in expected} == set(weights)
+    assert {name for name, _ in expected} == set(weights) - but
     for (name, place), sha256 in expected.items():
         rows, cols = json.loads(place)
         part = weights[name].detach().float()[slice(*rows)]
@@ -117,20 +123,37 @@ def test_gateway_target_is_read_by_transformers(gateway_run: Run) -> None:
 
 
 def test_export_and_evaluate_alone_on_a_run(gateway_run: Run, tmp_path: Path) -> None:
-    """Export again gives the same bytes; evaluate gives the losses that the job found."""
+    """Export again gives the same bytes; evaluate gives the losses that the job found, and the same answers for the
+    artifact and, on two stages, the checkpoint; against the model as it came, and against the artifact."""
     artifact = gateway_run.directory / "artifact"
     before = hashes(artifact)
     done = run("export", f"run_dir={gateway_run.directory}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hashes(artifact) == before
-    done = run("evaluate", f"artifact={artifact / 'canonical'}", f"run_dir={gateway_run.directory}", directory=tmp_path)
+    shutil.copytree(artifact / "canonical", tmp_path / "canonical")  # evaluation.json is written beside it
+    rows = [{"question": f"The {name} is", "choices": [topics[name][:30], name, "no"], "answer": 1} for name in TOPICS]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = (f"run_dir={gateway_run.directory}", f"eval.tasks=[{tmp_path / 'own.jsonl'}]", "eval.limit=8")
+    done = run("evaluate", f"artifact={tmp_path / 'canonical'}", *shared, directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    loss = json.loads((gateway_run.directory / "verify.json").read_text())["losses_nats_per_token"]["artifact"]
-    assert f"{loss:.4f} nats/token" in done.stderr
-    arguments = (f"run_dir={gateway_run.directory}", "parallel.pipeline=2")
-    done = run("evaluate", *arguments, directory=tmp_path, processes=2)
+    assert not done.noise, done.noise
+    verified = json.loads((gateway_run.directory / "verify.json").read_text())
+    losses = verified["losses_nats_per_token"]
+    limit = next(check["limit"] for check in verified["checks"] if check["name"] == "loss")  # 3 times its noise floor
+    assert f"{losses['artifact']:.4f} nats/token" in done.stderr
+    of_artifact = json.loads((tmp_path / "evaluation.json").read_text())
+    assert of_artifact["text"]["baseline_nats_per_token"] == pytest.approx(losses["fp32"], abs=limit)
+    assert of_artifact["text"]["verdict"].startswith("better: -"), "trained against as it came"
+    assert {task["by"] for task in of_artifact["tasks"]} == {"whole", "per character"}
+    assert all(task["questions"] == 8 and task["of"] == 12 and task["verdict"] for task in of_artifact["tasks"])
+    arguments = ("parallel.pipeline=2", f"eval.baseline={tmp_path / 'canonical'}")
+    done = run("evaluate", *shared, *arguments, directory=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
-    assert f"{reference_facts(gateway_run.directory)['losses']['trained']:.4f} nats/token" in done.stderr
+    assert f"{losses['trained']:.4f} nats/token" in done.stderr
+    of_checkpoint = json.loads((gateway_run.directory / "evaluation.json").read_text())
+    assert of_checkpoint["text"]["nats_per_token"] == pytest.approx(of_artifact["text"]["nats_per_token"], abs=limit)
+    assert [t["accuracy"] for t in of_checkpoint["tasks"]] == [t["accuracy"] for t in of_artifact["tasks"]]
+    assert [t["baseline"] for t in of_checkpoint["tasks"]] == [t["accuracy"] for t in of_artifact["tasks"]]
 
 
 @pytest.mark.long
@@ -165,6 +188,7 @@ def vehicle_run(tiny_model: Path, conversations: Path, tmp_path_factory: pytest.
         f"data.train={conversations}",
         "train.steps=4",
         "quant.calib_size=16",
+        "quant.embedding=int4",
         *SMALL,
     )
     done = run("qat", *arguments, f"run_dir={directory / 'run'}", directory=directory, processes=2)
@@ -192,7 +216,25 @@ def test_vehicle_target_is_read_by_transformers(vehicle_run: Run) -> None:
     model.hf_quantizer.compressor.decompress_model(model)
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized" and config["config_groups"]["group_0"]["weights"]["group_size"] == 128
-    assert_weights_are_the_trained_ones(model, vehicle_run.directory)
+    assert_weights_are_the_trained_ones(model, vehicle_run.directory, but=frozenset({EMBEDDING}))
+
+
+def test_vehicle_embedding_is_stored_in_int4(vehicle_run: Run) -> None:
+    """Codes and scales decoded by hand are what both replicas computed with; the target has those values in bf16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (vehicle_run.directory / "artifact" / "canonical").glob("*.safetensors"):
+        tensors |= load_file(file)
+    codes, scale = tensors["model.embed_tokens.weight_codes"], tensors["model.embed_tokens.weight_scale"]
+    assert EMBEDDING not in tensors and (codes.dtype, scale.dtype) == (torch.uint8, torch.float16)
+    levels = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).float() - 8
+    values = levels * scale.float().repeat_interleave(32, dim=1)
+    trained = [sha256 for (name, _), sha256 in trained_weights(vehicle_run.directory).items() if name == EMBEDDING]
+    assert trained == [hashlib.sha256(values.numpy().tobytes()).hexdigest()]
+    stored: dict[str, torch.Tensor] = {}
+    for file in (vehicle_run.directory / "artifact" / "compressed_tensors").glob("*.safetensors"):
+        stored |= load_file(file)
+    assert torch.equal(stored[EMBEDDING], values.bfloat16())
+    assert "does not carry: the packed int4 codes of model.embed_tokens" in vehicle_run.done.stderr
 
 
 def test_plain_fine_tuning_on_parquet(tiny_model: Path, tmp_path: Path) -> None:
@@ -218,6 +260,7 @@ def test_experts_spread_by_themselves(tmp_path: Path) -> None:
     source = make_random_model(RANDOM_MODELS["qwen3_moe"], tmp_path / "model")
     tiny_tokenizer().save_pretrained(source)
     arguments = ("parallel=auto", "quant=nvfp4", "kv=fp8", f"model.source={source}", f"run_dir={tmp_path / 'run'}")
+    arguments += ("quant.embedding=int8", "quant.head=int4")
     small = ("train.steps=2", "train.seq_length_tokens=64", "data.eval_tokens=256", "quant.calib_size=8")
     done = run("qat", *arguments, *small, "export.max_loss_rise=1", directory=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
@@ -226,5 +269,7 @@ def test_experts_spread_by_themselves(tmp_path: Path) -> None:
     assert_complete(tmp_path / "run", 2, {"modelopt", "compressed_tensors"})
     manifest = json.loads((tmp_path / "run" / "artifact" / "canonical" / "manifest.json").read_text())
     assert sum(".experts." in name for name in manifest["linears"]) == 4 * 8 * 3, "layers x experts x gate, up, down"
+    tables = {name: manifest["linears"][name]["format"] for name in ("model.embed_tokens", "lm_head")}
+    assert tables == {"model.embed_tokens": "int8", "lm_head": "int4"}, "not tied: one table each"
     report = json.loads((tmp_path / "run" / "quant_report.json").read_text())
     assert isinstance(report["experts_without_tokens"], list)

@@ -1,4 +1,4 @@
-"""model.backend=te beside local on one CUDA device: the same model, the same quantizers."""
+"""model.backend=te and =apex beside local on one CUDA device: the same model, the same quantizers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E402
 
-MISSING = not torch.cuda.is_available() or find_spec("transformer_engine") is None
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING, reason="needs CUDA and TransformerEngine")]
+MODULES = {"te": "transformer_engine", "apex": "fused_layer_norm_cuda"}
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +60,24 @@ def run(llama: Any, session: Any, backend: str, weight: str, activation: str) ->
     return {"plain": plain, "maxima": maxima, "quantised": quantised, "loss": result.loss, "norm": result.gradient_norm}
 
 
+@pytest.mark.parametrize("backend", MODULES)
 @pytest.mark.parametrize(("weight", "activation"), [("int4", "none"), ("nvfp4", "nvfp4"), ("fp8", "fp8")])
-def test_backends_are_the_same_model(session: Any, weight: str, activation: str) -> None:
+def test_backends_are_the_same_model(session: Any, backend: str, weight: str, activation: str) -> None:
     """Limits are three times what summing in float64 changes."""
     from tools.layout_parity import Float64Sums
 
+    if find_spec(MODULES[backend]) is None:
+        pytest.skip(f"needs {MODULES[backend]}")
     llama = random_llama(hidden_size=128, intermediate_size=256)
-    local, te = (run(llama, session, backend, weight, activation) for backend in ("local", "te"))
+    local, other = (run(llama, session, name, weight, activation) for name in ("local", backend))
     with Float64Sums():
         reordered = run(llama, session, "local", weight, activation)
     weights = {name for name in local["maxima"] if name.endswith("weight_quantizer")}
-    assert set(local["maxima"]) == set(te["maxima"]) and weights
-    assert all(torch.equal(local["maxima"][name], te["maxima"][name]) for name in weights), "maxima of equal weights"
-    found, floor = apart(local, te, weights), apart(local, reordered, weights)
+    assert set(local["maxima"]) == set(other["maxima"]) and weights
+    assert all(torch.equal(local["maxima"][name], other["maxima"][name]) for name in weights), "maxima of equal weights"
+    found, floor = apart(local, other, weights), apart(local, reordered, weights)
     for what, value in found.items():
-        print(f"{weight}/{activation}: {what} {value:.1e}, noise floor {floor[what]:.1e}")
+        print(f"{backend} {weight}/{activation}: {what} {value:.1e}, noise floor {floor[what]:.1e}")
     assert found["logits"] <= 3 * floor["logits"]
     if activation == "none":
         assert found["loss"] <= 3 * floor["loss"]

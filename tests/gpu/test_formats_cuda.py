@@ -31,7 +31,7 @@ NO_CUDA = "" if torch.cuda.is_available() else "torch.cuda.is_available() is Fal
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA)]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROUP = {"fp8": 0, "int4": 128, "nvfp4": 16}
+GROUP = {"fp8": 0, "int4": 128, "int8": 0, "nvfp4": 16}
 E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 # Relative width of a rounding boundary: two approximate fp32 divisions, 2 units in the last place each, and roundings.
 BOUNDARY = 2.0**-20
@@ -162,9 +162,10 @@ def cuda_equals_cpu_kv() -> Iterator[Row]:
             x = x.view(256, 16, 64)
             on_gpu = formats.fake_quantize_kv("int8", x.cuda())
             yield compare_bits(f"kv int8 {label}", formats.fake_quantize_kv("int8", x), on_gpu)
-            amax = formats.snap_amax("fp8", x.abs().amax().float() / 2)
-            on_gpu = formats.fake_quantize_kv("fp8", x.cuda(), amax.cuda())
-            yield compare_bits(f"kv fp8 {label}", formats.fake_quantize_kv("fp8", x, amax), on_gpu)
+            for fmt in formats.STATIC_KV_FORMATS:
+                amax = formats.snap_tensor_amax(fmt, x.abs().amax().float() / 2)
+                on_gpu = formats.fake_quantize_kv(fmt, x.cuda(), amax.cuda())
+                yield compare_bits(f"kv {fmt} {label}", formats.fake_quantize_kv(fmt, x, amax), on_gpu)
 
 
 # ---------------------------------------------------------------- modelopt: int4 and fp8

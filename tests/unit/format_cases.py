@@ -7,7 +7,7 @@ import torch
 from megatron_edge.artifact import formats
 
 DTYPES = [torch.float32, torch.bfloat16]
-GROUP = {"fp8": 0, "int4": 64, "nvfp4": 16}
+GROUP = {"fp8": 0, "int4": 64, "int8": 0, "nvfp4": 16}
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -146,19 +146,33 @@ def test_the_distributed_optimizer_asks_for_cuda_tensors_without(session: Any, m
         experts_job(session, distributed_optimizer=True)
 
 
-def test_a_quantised_model_cannot_be_saved_without(session: Any, monkeypatch_torch) -> None:
-    """modelopt's opt/plugins/megatron.py:86."""
+@pytest.mark.parametrize(
+    ("module", "reason"), [("*linear_fc1", NO_CUDA), ("embedding.word_embeddings", "Boolean value of Tensor")]
+)
+def test_a_quantised_model_cannot_be_saved_without(
+    session: Any, monkeypatch: pytest.MonkeyPatch, module: str, reason: str
+) -> None:
+    """modelopt's opt/plugins/megatron.py:86 asks for a GPU, and past it megatron's gpt_model.py:825 asserts."""
+    from modelopt.torch.opt.plugins import megatron as states
+    from modelopt.torch.quantization.plugins import megatron as upstream
+
     from megatron_edge.contracts import QuantRule
     from megatron_edge.quantize import apply
 
-    model = megatron_twin(random_llama(), session)
-    apply.insert_quantizers(
-        model, QuantPlan("fp8", "fp8", "none", 0, "max", (QuantRule("*linear_fc1", "fp8", "fp8", 0),))
-    )
-    assert model[0].sharded_state_dict()
-    monkeypatch_torch("modelopt.torch.opt.plugins.megatron")
-    with pytest.raises((AssertionError, RuntimeError), match=NO_CUDA):
-        model[0].sharded_state_dict()
+    def state() -> Any:
+        model = megatron_twin(random_llama(), session)
+        apply.insert_quantizers(
+            model, QuantPlan("fp8", "none", "none", 0, "max", (QuantRule(module, "fp8", "none", 0),))
+        )
+        return model[0].sharded_state_dict()
+
+    assert state()
+    theirs = upstream.quant_module_get_extra_state.__wrapped__
+    monkeypatch.setattr(upstream, "quant_module_get_extra_state", theirs)
+    if reason != NO_CUDA:
+        monkeypatch.setattr(states.torch.cuda, "synchronize", lambda: None)
+    with pytest.raises((AssertionError, RuntimeError), match=reason):
+        state()
 
 
 def test_a_full_disk_is_kept_for_all_ranks_to_compare(session: Any, tmp_path: Path) -> None:

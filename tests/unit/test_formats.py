@@ -64,6 +64,10 @@ def plain_loop(fmt: str, weight: np.ndarray, amax: np.ndarray) -> np.ndarray:
             scale = f(np.float16(max(amax[row, start // block] / f(7), f(2.0**-24))))
             inverse = f(1) / scale if amax[row, start // block] > 2.0**-24 else f(0)
             value = [f(max(-8, min(7, round(float(v * inverse))))) * scale for v in x]
+        elif fmt == "int8":
+            scale = f(np.float16(max(amax[row, 0] / f(127), f(2.0**-24))))
+            inverse = f(1) / scale if amax[row, 0] > 2.0**-24 else f(0)
+            value = [f(max(-127, min(127, round(float(v * inverse))))) * scale for v in x]
         else:
             g = amax / f(2688)
             scale = f(np.abs(x).max()) / (f(6) * g)
@@ -96,6 +100,47 @@ def test_kv_int8_equals_gguf_q8_0():
     assert np.abs(np.abs(position[differing]) % 1 - 0.5).max(initial=0) < 1e-5
     assert differing.sum() <= 5
     assert np.array_equal(np.where(differing, ours + np.sign(x.numpy()) * scale, ours), theirs)
+
+
+def test_int8_weights_are_q8_0_blocks_that_repeat_the_rows_scale():
+    weight = weight_of_every_kind(torch.bfloat16)
+    encoded = formats.encode("int8", weight, amax_of("int8", weight))
+    assert encoded.codes.min() >= -127 and encoded.scale.shape == (96, 1) and encoded.scale.dtype == torch.float16
+    codes = encoded.codes.numpy().reshape(-1, 32).view(np.uint8)
+    scale = encoded.scale.numpy().repeat(256 // 32, axis=1).reshape(-1, 1).view(np.uint8)
+    blocks = np.concatenate([scale, codes], axis=1)
+    values = quants.dequantize(blocks, GGMLQuantizationType.Q8_0).reshape(96, 256)
+    assert np.array_equal(values, formats.decode(encoded, torch.float32).numpy())
+
+
+def test_int8_inputs_equal_a_plain_loop_and_saturate_where_runtimes_do():
+    x = weight_of_every_kind(torch.float32)[16:24]
+    amax = formats.snap_tensor_amax("int8", x.abs().max() * 0.6)
+    f = np.float32
+    scale, multiplier = f(amax) / f(127), f(127) / f(amax)
+    expected = [f(max(-128, min(127, round(float(v * multiplier))))) * scale for v in x.numpy().reshape(-1)]
+    ours = formats.fake_quantize_input("int8", x, amax)
+    assert np.array_equal(ours.numpy().reshape(-1), np.array(expected))
+    assert torch.equal(formats.tensor_scale("int8", amax), torch.tensor(scale))
+    below = formats.fake_quantize_input("int8", torch.tensor([[-9.0, 9.0]]), torch.tensor(127 / 128))
+    assert below.tolist() == [[-1.0, 127 / 128]]
+
+
+@pytest.mark.parametrize("fmt", formats.ACTIVATION_FORMATS)
+def test_inputs_beyond_their_maximum_keep_the_order_and_quantise_once(fmt):
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).sort()[0]
+    amax = formats.snap_tensor_amax(fmt, x.abs().max() / 2)
+    once = formats.fake_quantize_input(fmt, x, amax)
+    if fmt != "nvfp4":  # its blocks have scales of their own
+        assert (once.diff() >= 0).all() and torch.equal(formats.fake_quantize_input(fmt, once, amax), once)
+    assert once.abs().max() <= amax * (128 / 127) and formats.fake_quantize_input(fmt, x * 0, amax).eq(0).all()
+
+
+def test_kv_nvfp4_is_the_weights_arithmetic_along_head_dim():
+    keys = weight_of_every_kind(torch.float32)[:24].view(2, 3, 4, 256)[..., :64].contiguous()
+    amax = formats.snap_tensor_amax("nvfp4", keys.abs().max())
+    expected = plain_loop("nvfp4", keys.view(-1, 64).numpy(), amax.numpy()).reshape(keys.shape)
+    assert np.array_equal(formats.fake_quantize_kv("nvfp4", keys, amax).numpy(), expected)
 
 
 def test_nvfp4_weights_are_what_gguf_reads():
@@ -172,7 +217,9 @@ def test_a_snapped_amax_stays_where_it_is(fmt, number):
     amax = torch.tensor(number)
     snapped = formats.snap_amax(fmt, amax)
     assert torch.equal(formats.snap_amax(fmt, snapped), snapped)
-    if fmt != "int4":
+    if fmt in formats.ACTIVATION_FORMATS:
+        snapped = formats.snap_tensor_amax(fmt, amax)
+        assert torch.equal(formats.snap_tensor_amax(fmt, snapped), snapped)
         scale = formats.tensor_scale(fmt, snapped)
         assert 0 < scale < math.inf and torch.equal(formats.amax_of_scale(fmt, scale), snapped)
 
@@ -180,8 +227,8 @@ def test_a_snapped_amax_stays_where_it_is(fmt, number):
 @pytest.mark.parametrize("fmt", formats.WEIGHT_FORMATS)
 def test_every_snapped_scale_is_lossless(fmt):
     """All mantissas that a scale can have. The limits are those that `snap_amax` states."""
-    per_scale = {"fp8": 448.0, "int4": 7.0, "nvfp4": 2688.0}[fmt]
-    if fmt == "int4":
+    per_scale = {"fp8": 448.0, "int4": 7.0, "int8": 127.0, "nvfp4": 2688.0}[fmt]
+    if fmt in ("int4", "int8"):
         scale = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16).float()
     else:
         scale = ((torch.arange(1 << 12, dtype=torch.int32) << 11) | (120 << 23)).view(torch.float32)
@@ -192,11 +239,13 @@ def test_every_snapped_scale_is_lossless(fmt):
     stored = amax / per_scale
     inverse = 1 / stored
     assert torch.equal(stored * per_scale, amax) and torch.equal(stored.double() * per_scale, amax.double())
-    if fmt != "nvfp4":  # modelopt's two ways
+    if fmt in ("fp8", "int4"):  # modelopt's two ways
         assert torch.equal(per_scale / amax, torch.full_like(amax, per_scale) / amax)
-    for code in range(1, 9 if fmt == "int4" else 16):
+    for code in range(1, {"int4": 9, "int8": 129}.get(fmt, 16)):
         exact = stored.double() * code
         assert torch.equal((stored * code).double(), exact)
+        if fmt == "int8":
+            continue
         if fmt == "int4":
             assert torch.equal(torch.full_like(inverse, code) / inverse, stored * code)
         else:
@@ -210,7 +259,7 @@ def test_every_snapped_scale_is_lossless(fmt):
 @pytest.mark.parametrize("number", [0.0, 1e-42, 1.0, -5.0])
 def test_zero_amax_makes_zeros(fmt, number):
     weight = torch.full((2, 64), number)
-    amax = torch.zeros((2, 1) if fmt == "int4" else ())
+    amax = torch.zeros((2, 1) if fmt in ("int4", "int8") else ())
     encoded = formats.encode(fmt, weight, amax, GROUP[fmt])
     assert (encoded.scale.float() > 0).all() and encoded.scale.float().isfinite().all()
     assert equal_bits(formats.decode(encoded, torch.float32), torch.zeros(2, 64))
@@ -234,7 +283,11 @@ def test_kv_blocks_of_zeros_subnormals_and_giants_stay_finite():
     x = torch.zeros(6, 64, dtype=torch.bfloat16)
     x[1], x[2], x[3], x[4] = 1e-42, 1e-30, 3e38, -0.0
     assert formats.fake_quantize_kv("int8", x).isfinite().all()
-    assert formats.fake_quantize_kv("fp8", x, torch.tensor(0.0)).eq(0).all()
+    for fmt in formats.STATIC_KV_FORMATS:
+        assert formats.fake_quantize_kv(fmt, x, torch.tensor(0.0)).eq(0).all()
+        assert formats.fake_quantize_kv(fmt, x, torch.tensor(2.0)).isfinite().all()
+        with pytest.raises(InputError, match=f"kv.format={fmt} needs a calibrated amax"):
+            formats.fake_quantize_kv(fmt, x)
 
 
 @pytest.mark.parametrize("fmt", formats.WEIGHT_FORMATS)
@@ -247,7 +300,10 @@ def test_storage_bytes_counts_what_encode_makes(fmt):
 
 def test_storage_bytes_of_other_tensors():
     assert formats.storage_bytes("bf16", (3, 5)) == 30 and formats.storage_bytes("fp32", ()) == 4
-    assert formats.storage_bytes("int8", (2, 3, 64)) == 6 * 2 * 34  # llama.cpp's block_q8_0 has 34 bytes
+    assert formats.storage_bytes("int8", (6, 64)) == 6 * 64 + 6 * 2
+    assert formats.kv_storage_bytes("int8", (2, 3, 64)) == 6 * 2 * 34  # llama.cpp's block_q8_0 has 34 bytes
+    assert formats.kv_storage_bytes("nvfp4", (2, 3, 64)) == 6 * (32 + 4)
+    assert formats.kv_storage_bytes("fp8", (2, 3, 64)) == 384 and formats.kv_storage_bytes("none", (2, 3, 64)) == 768
     with pytest.raises(InputError, match="int3"):
         formats.storage_bytes("int3", (2, 64))
 
@@ -303,6 +359,8 @@ def test_input_is_not_written_to_and_parts_agree_with_the_whole(monkeypatch):
         ("nvfp4", torch.ones(2, 64), torch.ones(()), 32),
         ("nvfp4", torch.ones(2, 64), torch.ones(2), 16),
         ("fp8", torch.ones(2, 64), torch.ones(2), 0),
+        ("int8", torch.ones(2, 64), torch.ones(()), 0),
+        ("int8", torch.ones(2, 64), torch.ones(4, 1), 0),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments):

@@ -13,12 +13,12 @@ from megatron_edge.artifact import formats
 def modelopt():
     """Importing it takes about 15 s."""
     from modelopt.torch.quantization import tensor_quant
-    from modelopt.torch.quantization.qtensor import FP8QTensor, INT4QTensor, NVFP4QTensor
+    from modelopt.torch.quantization.qtensor import FP8QTensor, INT4QTensor, INT8QTensor, NVFP4QTensor
 
     class Paths:
         int_fake = staticmethod(tensor_quant._tensor_quant)
         fp8_fake = staticmethod(tensor_quant.fp8_eager)
-        int4, fp8, nvfp4 = INT4QTensor, FP8QTensor, NVFP4QTensor
+        int4, int8, fp8, nvfp4 = INT4QTensor, INT8QTensor, FP8QTensor, NVFP4QTensor
 
     return Paths
 
@@ -48,6 +48,53 @@ def test_int4_codes_equal_modelopts_int4_tensor(modelopt):
     ours = formats.encode("int4", weight, amax, 64)
     assert torch.equal(formats.unpacked_codes(ours), high_first)
     assert torch.equal(ours.scale.float().reciprocal().view(-1), inverse.view(-1))
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_codes_are_those_of_modelopts_fake_quantiser(modelopt, dtype, clip):
+    """Its values are code / (127 / amax), the last bit of which differs from code * scale: see `snap_amax`."""
+    weight = weight_of_every_kind(dtype)
+    amax = amax_of("int8", weight, clip)
+    encoded = formats.encode("int8", weight, amax)
+    scale = encoded.scale.float()
+    theirs = modelopt.int_fake(weight.float(), amax, 8, False, True)
+    assert torch.equal((theirs / scale).round(), encoded.codes.float())
+    assert encoded.codes.min() == -127
+    assert ((formats.decode(encoded, torch.float32) - theirs).abs() <= 2.0**-23 * theirs.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_tensors_of_modelopt_decode_the_same_and_differ_only_on_rounding_boundaries(modelopt, dtype):
+    """INT8QTensor divides by the scale: see the head of formats.py."""
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = formats.encode("int8", weight, amax_of("int8", weight))
+    theirs, scale = modelopt.int8.quantize(weight.float(), scales=ours.scale.float())
+    differing = theirs._quantized_data != ours.codes
+    position = weight.double() / ours.scale.double()
+    assert ((position[differing].abs() % 1 - 0.5).abs() < 1e-4).all() and differing.sum() <= 5e-5 * weight.numel()
+    same = modelopt.int8(weight.shape, torch.float32, ours.codes)
+    assert equal_bits(same.dequantize(torch.float32, scale=scale), formats.decode(ours, torch.float32) - 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_inputs_have_the_codes_of_modelopts_input_quantiser(modelopt, dtype):
+    x = weight_of_every_kind(dtype)
+    amax = formats.snap_tensor_amax("int8", x.abs().max().float() * 0.5)
+    theirs = modelopt.int_fake(x.float(), amax, 8, False, False)
+    scale = formats.tensor_scale("int8", amax)
+    ours = formats.fake_quantize_input("int8", x.float(), amax)
+    assert torch.equal((theirs / scale).round(), (ours / scale).round()) and (ours / scale).round().max() == 127
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kv_nvfp4_equals_modelopts_tensor(modelopt, dtype):
+    keys = weight_of_every_kind(dtype).view(4, 24, 4, 64)
+    amax = formats.snap_tensor_amax("nvfp4", keys.abs().max())
+    theirs, scale, double_scale = modelopt.nvfp4.quantize(keys.reshape(-1, 64), 16, None, amax / 2688)
+    values = theirs.dequantize(dtype, scale=scale, double_scale=double_scale, block_sizes={-1: 16})
+    assert torch.equal(formats.fake_quantize_kv("nvfp4", keys, amax).view(-1, 64), values)
+    assert torch.equal(formats.tensor_scale("nvfp4", amax), double_scale)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.5])

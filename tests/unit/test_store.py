@@ -19,6 +19,7 @@ LINEARS = {  # name -> (format, activation, group size)
     "model.layers.0.self_attn.k_proj": ("int4", "none", 32),
     "model.layers.0.self_attn.q_proj": ("fp8", "fp8", 0),
     "model.layers.0.mlp.down_proj": ("nvfp4", "nvfp4", 16),
+    "model.layers.0.mlp.gate_proj": ("int8", "int8", 0),
 }
 SIDE_FILES = {"config.json": b'{"hidden_size": 64}', "tokenizer.json": b'{"version": "1.0"}'}
 

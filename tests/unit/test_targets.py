@@ -19,7 +19,7 @@ from megatron_edge.export.targets import TARGETS, convert
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = [
     *(("compressed_tensors", recipe) for recipe in RECIPES if recipe != "none"),
-    *(("modelopt", recipe) for recipe in ("fp8", "nvfp4", "nvfp4_w4a16")),
+    *(("modelopt", recipe) for recipe in ("fp8", "fp8_kv4", "nvfp4", "nvfp4_w4a16")),
     *(("hf", recipe) for recipe in RECIPES),
 ]
 
@@ -63,13 +63,21 @@ def test_every_target_is_complete_and_says_what_it_drops(converted, target, reci
     assert len(set(index["weight_map"].values())) > 1, "the tiny model is larger than a shard"
     assert sorted(index["weight_map"]) == sorted(load_all(directory))
     dropped = " ".join(report.dropped)
-    assert ("KV cache" in dropped) == (trained.kv == "int8" or (target == "hf" and trained.kv != "none"))
+    carries = {"hf": (), "compressed_tensors": ("fp8",), "modelopt": ("fp8", "nvfp4")}[target]
+    assert ("KV cache" in dropped) == (trained.kv not in ("none", *carries))
+    assert any(name.endswith("k_scale") for name in index["weight_map"]) == (trained.kv in carries)
     assert ("activations" in dropped) == (target == "hf" and trained.activation != "none")
 
 
 @pytest.mark.parametrize(
     "target, recipe, named",
-    [("modelopt", "int4", "int4"), ("modelopt", "none", "weight=none"), ("compressed_tensors", "none", "weight=none")],
+    [
+        ("modelopt", "int4", "int4"),
+        ("modelopt", "w4a8", "weight=int4 activation=fp8"),
+        ("modelopt", "int8", "weight=int8 activation=int8"),
+        ("modelopt", "none", "weight=none"),
+        ("compressed_tensors", "none", "weight=none"),
+    ],
 )
 def test_weights_that_a_target_cannot_carry_are_refused(converted, target, recipe, named, tmp_path):
     with pytest.raises(InputError, match=named):
@@ -84,7 +92,7 @@ def test_an_unknown_target_is_refused(tmp_path):
 
 # The data type in which transformers + compressed-tensors decode exactly; see verify/runtimes.py.
 LOADING = {"int4": torch.float32, "int4_kv8": torch.float32, "fp8": torch.float32, "nvfp4": torch.bfloat16}
-LOADING["nvfp4_w4a16"] = torch.bfloat16
+LOADING |= {"nvfp4_w4a16": torch.bfloat16, "w4a8": torch.float32, "int8": torch.float32}
 
 
 @pytest.mark.parametrize("recipe", LOADING)
@@ -136,19 +144,21 @@ def test_modelopt_decodes_its_fp8_layout_to_the_trained_weights(converted):
         assert torch.equal(values, trained.values[f"{linear}.weight"]), linear
 
 
-@pytest.mark.parametrize("recipe, algorithm", [("fp8", "FP8"), ("nvfp4", "NVFP4"), ("nvfp4_w4a16", "W4A16_NVFP4")])
+@pytest.mark.parametrize(
+    "recipe, algorithm", [("fp8", "FP8"), ("fp8_kv4", "FP8"), ("nvfp4", "NVFP4"), ("nvfp4_w4a16", "W4A16_NVFP4")]
+)
 def test_modelopt_configs_are_those_that_modelopt_makes(converted, recipe, algorithm):
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     _, trained, directory, _ = converted("modelopt", recipe)
     sidecar = json.loads((directory / "hf_quant_config.json").read_text())
     assert sidecar["quantization"]["quant_algo"] == algorithm
-    assert sidecar["quantization"]["kv_cache_quant_algo"] == ("FP8" if trained.kv == "fp8" else None)
+    assert sidecar["quantization"]["kv_cache_quant_algo"] == {"fp8": "FP8", "nvfp4": "NVFP4"}.get(trained.kv)
     section = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert section == convert_hf_quant_config_format(sidecar)
     stored = load_all(directory)
     expected = {"model.layers.0.self_attn.k_proj.k_scale", "model.layers.1.self_attn.v_proj.v_scale"}
-    assert (expected <= set(stored)) == (trained.kv == "fp8")
+    assert (expected <= set(stored)) == (trained.kv in ("fp8", "nvfp4"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +188,9 @@ def test_hf_target_is_the_trained_model_in_bf16(converted):
     assert (answered - exact).abs().max() <= 3 * noise
 
 
-@pytest.mark.parametrize("recipe, limit", [("int4", 0.28), ("nvfp4", 0.29), ("fp8", 0.51)])
+@pytest.mark.parametrize(
+    "recipe, limit", [("int4", 0.28), ("w4a8", 0.28), ("nvfp4", 0.29), ("fp8", 0.51), ("int8", 0.52)]
+)
 def test_inspect_prints_bytes_per_parameter(converted, recipe, limit):
     reader, *_ = converted("hf", recipe)
     command = [sys.executable, str(ROOT / "tools" / "inspect_artifact.py"), str(reader.directory), "--tensors"]

@@ -31,9 +31,10 @@ DEVICE = DeviceProfile(
     overhead_bytes=0,
     bandwidth_bytes_per_second=1,
     power_w=1.0,
-    weight_formats=("int4", "fp8", "nvfp4"),
-    activation_formats=("fp8", "nvfp4"),
-    kv_formats=("fp8", "int8"),
+    weight_formats=("int4", "int8", "fp8", "nvfp4"),
+    activation_formats=("fp8", "int8", "nvfp4"),
+    kv_formats=("fp8", "int8", "nvfp4"),
+    embedding_formats=("bf16", "int4"),
     group_sizes=(64, 128),
     source="made on the spot",
 )
@@ -305,13 +306,15 @@ def test_a_model_that_computes_otherwise_is_caught(copied, mistake):
     assert not all(check.ok for check in report.checks if check.name == "logits"), mistake
 
 
-@pytest.mark.parametrize("recipe, without", [("int4", "kv"), ("fp8", "activation"), ("nvfp4", "activation")])
+@pytest.mark.parametrize(
+    "recipe, without", [("int4", "kv"), ("fp8", "activation"), ("nvfp4", "activation"), ("w4a8", "kv")]
+)
 def test_a_reference_that_left_a_quantiser_out_is_caught(copied, recipe, without):
     """What the model says without its KV or activation quantisers is not what the artifact says with them."""
     tiny, text = copied(recipe), windows(8)
     other = TrainedModel(recipe, torch.float32)
     if without == "kv":
-        other.kv = "none"
+        other.kv, other.kv_amax = "none", {}
     else:
         other.input_amax = {}
     said = {"nll": other.nll(text), "logits": other.logits({k: v[:2] for k, v in text.items()})}
@@ -350,16 +353,17 @@ def test_what_cannot_be_checked_is_said_and_never_passed(made):
     assert set(report.not_run) >= {"trained equals shipped", "logits", "loss", "perplexity", "memory", "device"}
 
 
-@pytest.mark.parametrize(
-    "target, recipe", [("modelopt", "nvfp4"), ("modelopt", "fp8"), ("compressed_tensors", "int4"), ("hf", "int4")]
-)
+COMPRESSED = [("compressed_tensors", recipe) for recipe in ("int4", "w4a8", "int8")]
+
+
+@pytest.mark.parametrize("target, recipe", [("modelopt", "nvfp4"), ("modelopt", "fp8"), ("hf", "int4"), *COMPRESSED])
 def test_a_target_that_decodes_otherwise_is_caught(copied, target, recipe):
     tiny, name = copied(recipe, "bfloat16"), "model.layers.1.mlp.gate_proj"
     directory = tiny.artifact.parent / target
     convert(target, ArtifactReader(tiny.artifact), directory)
     (file,) = directory.glob("*.safetensors")
     tensors = load_file(file)
-    packed = tensors[f"{name}.weight_packed" if target == "compressed_tensors" else f"{name}.weight"]
+    packed = tensors.get(f"{name}.weight_packed", tensors.get(f"{name}.weight"))
     packed.view(torch.uint8)[5, 5] ^= 0x11
     save_file(tensors, file, metadata={"format": "pt"})
     report = verify_artifact(tiny.artifact, tiny.reference, LIMITS)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_edge.runtime.watchdog import silent, verdict
 
@@ -52,3 +59,48 @@ def test_the_one_that_others_wait_for_is_named_with_its_place() -> None:
 def test_where_all_wait_for_one_another_all_are_named() -> None:
     culprits, text = verdict([sign(1, True)] * 2, [sign(31, True)] * 2, 60)
     assert culprits == [0, 1] and text.startswith("hung: all ranks wait for one another: rank 0 stands in ")
+
+
+BEATING = """
+import sys, time
+from megatron_edge.runtime import watchdog
+watchdog.GUARD_GRACE_SECONDS = 0
+watch = watchdog._Watch(dist.HashStore(), 0, 2, float(sys.argv[1]))
+print(watch._guard.pid, flush=True)
+for _ in range(int(sys.argv[2])):
+    watch._beat(0.0, watchdog._main_frames())
+    time.sleep(0.2)
+watch.close_guard()
+"""
+
+
+def beating(seconds: float, beats: int) -> tuple[subprocess.Popen[str], int]:
+    """A process that gives signs of life, and its guard's pid."""
+    command = [sys.executable, "-c", "import torch.distributed as dist\n" + BEATING, str(seconds), str(beats)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_stopped_process_is_ended_by_its_guard() -> None:
+    process, guard = beating(2, 1000)
+    process.send_signal(signal.SIGSTOP)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    gone(guard)
+
+
+def test_the_guard_leaves_a_process_alone_and_goes_with_it() -> None:
+    process, guard = beating(1, 20)  # four times as long as it may be silent
+    assert process.wait(timeout=60) == 0
+    gone(guard)
+    process, guard = beating(60, 1000)
+    process.kill()
+    process.wait(timeout=30)
+    gone(guard)
+
+
+def gone(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

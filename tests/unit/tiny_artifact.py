@@ -28,6 +28,9 @@ RECIPES = {  # weight, activation, kv
     "fp8": ("fp8", "fp8", "fp8"),
     "nvfp4": ("nvfp4", "nvfp4", "fp8"),
     "nvfp4_w4a16": ("nvfp4", "none", "int8"),
+    "fp8_kv4": ("fp8", "fp8", "nvfp4"),
+    "w4a8": ("int4", "fp8", "nvfp4"),
+    "int8": ("int8", "int8", "nvfp4"),
     "none": ("none", "none", "none"),
 }
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "fc1", "up_proj": "fc1"}
@@ -109,7 +112,7 @@ class TrainedModel:
             )
         self.input_amax: dict[str, torch.Tensor] = {}
         self.kv_amax: dict[str, torch.Tensor] = {}
-        if self.activation != "none" or self.kv == "fp8":
+        if self.activation != "none" or self.kv in formats.STATIC_KV_FORMATS:
             self._calibrate()
 
     def _group(self, in_features: int) -> int:
@@ -127,7 +130,7 @@ class TrainedModel:
             name: formats.weight_amax(self.weight, self.masters[f"{name}.weight"].to(self.dtype), self.groups[name])
             for name in self.linears
         }
-        if self.weight != "int4":
+        if self.weight not in ("int4", "int8"):
             shared: dict[str, torch.Tensor] = {}
             for name, amax in found.items():
                 key = self._shared_name(name)
@@ -142,10 +145,10 @@ class TrainedModel:
         self.observe = None
         for name, amax in seen.items():
             if name.endswith(("k_scale", "v_scale")):
-                if self.kv == "fp8":
-                    self.kv_amax[name] = formats.snap_amax("fp8", torch.tensor(amax))
+                if self.kv in formats.STATIC_KV_FORMATS:
+                    self.kv_amax[name] = formats.snap_tensor_amax(self.kv, torch.tensor(amax))
             elif self.activation != "none":
-                self.input_amax[name] = formats.snap_amax(self.activation, torch.tensor(amax))
+                self.input_amax[name] = formats.snap_tensor_amax(self.activation, torch.tensor(amax))
 
     observe: dict[str, float] | None = None
 
@@ -160,7 +163,7 @@ class TrainedModel:
         key = self._shared_name(name)
         self._see(key, x)
         if key in self.input_amax:
-            x = formats.fake_quantize(self.activation, x, self.input_amax[key], 16)
+            x = formats.fake_quantize_input(self.activation, x, self.input_amax[key])
         return x @ self.values[f"{name}.weight"].T
 
     def _cache(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -247,7 +250,7 @@ def write_artifact(directory: Path, trained: TrainedModel, dtype_name: str, shar
             writer.add(tensors["input_scale"], trained.input_scale(linear), "scale")
         linears[linear] = LinearEntry(trained.weight, trained.activation, encoded.group_size, encoded.shape, tensors)
     for name, amax in trained.kv_amax.items():
-        writer.add(name, formats.tensor_scale("fp8", amax), "scale")
+        writer.add(name, formats.tensor_scale(trained.kv, amax), "scale")
     finish(writer, linears, trained, dtype_name)
 
 
@@ -300,7 +303,7 @@ def kv_facts(trained: TrainedModel) -> dict[str, dict[str, float]]:
     layers: dict[str, dict[str, float]] = {}
     for name, amax in trained.kv_amax.items():
         _, _, layer, _, which = name.split(".")
-        layers.setdefault(layer, {})[which] = float(formats.tensor_scale("fp8", amax))
+        layers.setdefault(layer, {})[which] = float(formats.tensor_scale(trained.kv, amax))
     return layers
 
 
@@ -326,7 +329,7 @@ def slice_facts(trained: TrainedModel, name: str, rows: tuple[int, int], cols: t
         # A rank encodes its own part of the weight, with its own part of the maxima.
         amax = trained.amax[linear]
         if amax.dim() == 2:
-            amax = cut(amax, trained.groups[linear])
+            amax = amax[rows[0] : rows[1]] if trained.weight == "int8" else cut(amax, trained.groups[linear])
         own = formats.encode(trained.weight, cut(trained.masters[name].to(trained.dtype)), amax, trained.groups[linear])
         facts |= {
             "format": trained.weight,
