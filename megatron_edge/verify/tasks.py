@@ -119,10 +119,10 @@ def load_tasks(names: Sequence[str], limit: int | None) -> list[Task]:
         if name not in TASKS and not (name.endswith(".jsonl") and Path(name).is_file()):
             words = f"{', '.join(TASKS)}, or a *.jsonl file that is there"
             raise InputError(f"eval.tasks={list(names)}: {name!r} is no task; allowed: {words}")
-    packaged = [name for name in names if name in TASKS]
-    asked = f"eval.tasks={list(names)}"
-    files = wheel_files(asked, *PACKAGE, [TASKS[name][0] for name in packaged]) if packaged else []
-    places = {**dict(zip(packaged, files, strict=True)), **{n: Path(n) for n in names if n not in TASKS}}
+    places = {name: Path(name) for name in names}
+    if any(name in TASKS for name in names):  # the files of all, so that one download serves every later choice
+        files = wheel_files(f"eval.tasks={list(names)}", *PACKAGE, [member for member, _ in TASKS.values()])
+        places.update(zip(TASKS, files, strict=True))
     return [_load(name, places[name], limit) for name in names]
 
 
