@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from megatron_edge.compose import CONF_DIR, options
-from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected
-from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan
-from megatron_edge.families import dims_of, rules_of
+from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, parts_of, weights_of
+from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan, ParamRule, QuantRule
+from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
 
 ACTIVATIONS = {
     "none": ("none",), "fp8": ("none", "fp8"), "int4": ("none", "fp8"), "int8": ("none", "int8"),
@@ -33,7 +33,6 @@ ALGORITHMS = {
 # neither llama.cpp nor Edge-LLM has them.
 W4A8_RUNTIMES = ("megatron_edge",)
 KV_BLOCKS = {"int8": 32, "nvfp4": 16}
-_GROUPED = "a model whose sizes are multiples of it, or quant=fp8"
 
 
 def check_config(config: RunConfig) -> None:
@@ -80,7 +79,7 @@ def _check_distillation(config: RunConfig) -> None:
                 f"{'null' if default is None else default} with train.mode={train.mode}; only train=qad has a teacher"
             )
             raise expected(f"train.{name}", getattr(train, name), words)
-    quantised = config.quant.weight != "none" or config.kv.format != "none"
+    quantised = bool(weights_of(config.quant)) or config.kv.format != "none"
     if train.mode == "qad" and train.teacher is None and not quantised:
         raise InputError(
             "train.teacher=null: with quant=none and kv=none the student is its own teacher and learns nothing; "
@@ -200,83 +199,102 @@ def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:
 
 def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     """Groups of weights that share a scale must not be cut by tensor parallelism, and the device must read them."""
-    from megatron_edge.artifact.formats import effective_group_size  # imports torch: not when only refusing a typo
+    from megatron_edge.recipe import quant_rules, rule_of  # imports torch: not when only refusing a typo
 
-    quant, device, tensor = config.quant, config.device, config.parallel.tensor
-    if quant.weight not in ("int4", "nvfp4"):
-        return
-    dims = dims_of(hf_config)
-    for rule in rules_of(hf_config):
-        if not rule.is_linear:
-            continue
-        name = " and ".join(target.split(".")[-2] for target in rule.targets)
-        size = dims.size(rule.shape[1])
-        field, degree = ("expert_tensor", config.parallel.expert_tensor) if rule.is_expert else ("tensor", tensor)
-        group = effective_group_size(size, quant.group_size) if quant.weight == "int4" else quant.group_size
-        if size % group:
-            raise InputError(
-                f"quant.group_size={group}: does not divide the {size} inputs of {name}; allowed: {_GROUPED}"
-            )
-        if rule.split_axis == 1 and size // degree % group:
-            able = ", ".join(str(n) for n in range(1, degree) if size % n == 0 and size // n % group == 0)
-            raise InputError(
-                f"parallel.{field}={degree}: the shard of {name} has {size}/{degree} = {size // degree} inputs, "
-                f"no multiple of the group of {group} (quant.group_size={quant.group_size}); allowed for {name}: {able}"
-            )
-        if quant.weight == "int4" and group not in device.group_sizes:
-            raise InputError(
-                f"quant.group_size={quant.group_size}: the {size} inputs of {name} allow groups of {group}, which "
-                f"device={device.name} ({device.runtime}) does not read; allowed: {list(device.group_sizes)}"
-            )
-        if quant.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
-            raise InputError(
-                f"quant.weight=nvfp4: llama.cpp packs 64 weights, which do not divide the {size} inputs of {name}; "
-                f"allowed on device={device.name}: {', '.join(f for f in device.weight_formats if f != 'nvfp4')}"
-            )
+    rules, dims = quant_rules(config.quant, hf_config), dims_of(hf_config)
+    found: dict[tuple[str, QuantRule], ParamRule] = {}
+    for linear in all_rules(rules_of(hf_config), dims):
+        if linear.is_linear and (rule := rule_of(linear.module, rules, config.quant.exclude)) is not None:
+            kind = linear.module.split(".", 3)[3].split(".experts.")[0]
+            found.setdefault((f"{kind} {linear.targets[0].split('.')[-2]}", rule), linear)
+    for (_, rule), linear in found.items():
+        if rule.weight in ("int4", "nvfp4"):
+            _check_group(config, rule, linear, dims)
+
+
+def _check_group(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: ModelDims) -> None:
+    """One recipe at one of the layers that have it."""
+    quant, device, parallel = config.quant, config.device, config.parallel
+    own = rule.linear != "*"  # an override's
+    asked = next(o.group_size for o in quant.overrides if o.pattern == rule.pattern) if own else quant.group_size
+    where = f"quant.overrides ({rule.pattern!r})" if own else "quant"
+    name = " and ".join(target.split(".")[-2] for target in linear.targets)
+    size = dims.size(linear.shape[1])
+    field, degree = ("expert_tensor", parallel.expert_tensor) if linear.is_expert else ("tensor", parallel.tensor)
+    group = rule.group_size
+    if linear.split_axis == 1 and size // degree % group:
+        able = ", ".join(str(n) for n in range(1, degree) if size % n == 0 and size // n % group == 0)
+        raise InputError(
+            f"parallel.{field}={degree}: the shard of {name} has {size}/{degree} = {size // degree} inputs, "
+            f"no multiple of the group of {group} ({where}.group_size={asked}); allowed for {name}: {able}"
+        )
+    if rule.weight == "int4" and group not in device.group_sizes:
+        raise InputError(
+            f"{where}.group_size={asked}: the {size} inputs of {name} allow groups of {group}, which "
+            f"device={device.name} ({device.runtime}) does not read; allowed: {list(device.group_sizes)}"
+        )
+    if rule.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
+        raise InputError(
+            f"{where}.weight=nvfp4: llama.cpp packs 64 weights, which do not divide the {size} inputs of {name}; "
+            f"allowed on device={device.name}: {', '.join(f for f in device.weight_formats if f != 'nvfp4')}"
+        )
 
 
 def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     """A table must be one that the model has, and the device must read its blocks."""
     from megatron_edge.artifact.tables import tables_of  # imports torch
 
-    for table in tables_of(config.quant, hf_config):
-        if table.format != "bf16" and config.device.runtime == "llama.cpp" and table.shape[1] % 32:
+    quant, device = config.quant, config.device
+    for table in tables_of(quant, hf_config):
+        if table.format == "int4" and table.group_size not in device.group_sizes:
             raise InputError(
-                f"quant.embedding={config.quant.embedding}, quant.head={config.quant.head}: llama.cpp packs 32 values, "
+                f"quant.embedding_group_size={quant.embedding_group_size}: the {table.shape[1]} values of a row of "
+                f"{table.name} allow groups of {table.group_size}, which device={device.name} ({device.runtime}) does "
+                f"not read; allowed: {list(device.group_sizes)}"
+            )
+        if table.format != "bf16" and device.runtime == "llama.cpp" and table.shape[1] % 32:
+            raise InputError(
+                f"quant.embedding={quant.embedding}, quant.head={quant.head}: llama.cpp packs 32 values, "
                 f"which do not divide the {table.shape[1]} of a row of {table.name}; allowed: bf16"
             )
 
 
 def _check_recipe(config: RunConfig) -> None:
     quant, targets = config.quant, config.export.targets
-    for field, value, allowed in (
-        ("activation", quant.activation, ACTIVATIONS[quant.weight]),
-        ("group_size", quant.group_size, GROUP_SIZES[quant.weight]),
-        ("algorithm", quant.algorithm, ALGORITHMS[quant.weight]),
-    ):
-        if value not in allowed:
-            words = " or ".join(str(a) for a in allowed)
-            raise expected(f"quant.{field}", value, f"{words} with quant.weight={quant.weight}")
+    for where, part in parts_of(quant):
+        for field, value, allowed in (
+            ("activation", part.activation, ACTIVATIONS[part.weight]),
+            ("group_size", part.group_size, GROUP_SIZES[part.weight]),
+        ):
+            if value not in allowed:
+                words = " or ".join(str(a) for a in allowed)
+                raise expected(f"{where}.{field}", value, f"{words} with {where}.weight={part.weight}")
+    algorithms = {name: weight for weight in ("none", *weights_of(quant)) for name in ALGORITHMS[weight]}
+    if quant.algorithm not in algorithms:
+        words = " or ".join(algorithms)
+        raise expected("quant.algorithm", quant.algorithm, f"{words} with quant.weight={quant.weight}")
     _check_calibration(quant, config.kv.format)
-    able = [target for target, weights in TARGETS.items() if quant.weight in weights]
     for target in targets:
-        if target not in able:
+        missing = sorted((weights_of(quant) or {"none"}) - set(TARGETS[target]))
+        if missing:
+            able = [t for t, weights in TARGETS.items() if (weights_of(quant) or {"none"}) <= set(weights)]
             raise InputError(
-                f"export.targets={targets}: {target} cannot carry quant.weight={quant.weight}; "
+                f"export.targets={targets}: {target} cannot carry quant.weight={'/'.join(missing)}; "
                 f"allowed: {', '.join(able)}"
             )
     if len(set(targets)) != len(targets):
-        raise expected("export.targets", targets, f"each of {', '.join(able)} at most once")
+        raise expected("export.targets", targets, f"each of {', '.join(TARGETS)} at most once")
 
 
 def _check_calibration(quant: QuantConfig, kv: str) -> None:
     """A way to calibrate that has nothing to act on is a mistake, not a wish."""
-    on_data = quant.activation != "none" or kv in ("fp8", "nvfp4")
-    if quant.algorithm == "smoothquant" and quant.activation == "none":
+    parts = [part for _, part in parts_of(quant)]
+    on_data = any(part.activation != "none" for part in parts) or kv in ("fp8", "nvfp4")
+    if quant.algorithm == "smoothquant" and not any(part.activation == "int8" for part in parts):
         raise expected("quant.algorithm", quant.algorithm, "max with quant.activation=none: only inputs gain from it")
     if quant.calibration == "percentile" and not on_data:
         raise expected("quant.calibration", "percentile", "max or mse: no input nor KV cache has a static scale here")
-    if quant.calibration == "mse" and quant.weight == "none" and not on_data:
+    if quant.calibration == "mse" and not weights_of(quant) and not on_data:
         raise expected("quant.calibration", "mse", "max with quant.weight=none and this kv.format")
     if quant.calibration == "mse" and quant.algorithm == "awq_clip":
         raise expected("quant.calibration", "mse", "max or percentile with quant.algorithm=awq_clip, which sets scales")
@@ -289,21 +307,27 @@ def _runs(device: DeviceProfile, weight: str, activation: str, group_size: int) 
     return known and (weight != "int4" or group_size in device.group_sizes)
 
 
+def presets_that_run(device: DeviceProfile) -> dict[str, dict[str, Any]]:
+    return {
+        name: preset
+        for name, preset in presets("quant").items()
+        if _runs(device, preset["weight"], preset["activation"], preset["group_size"])
+    }
+
+
 def _check_device(config: RunConfig) -> None:
     """Refuse what the device's runtime does not run, naming the preset that comes nearest."""
     device, quant = config.device, config.quant
     on = f"device={device.name} (runtime {device.runtime})"
-    if not _runs(device, quant.weight, quant.activation, quant.group_size):
-        able = {
-            name: preset
-            for name, preset in presets("quant").items()
-            if _runs(device, preset["weight"], preset["activation"], preset["group_size"])
-        }
-        near = min(able, key=lambda name: _distance(able[name], quant), default=None)
-        raise InputError(
-            f"quant={quant.name} (weight={quant.weight}, activation={quant.activation}, group_size={quant.group_size})"
-            f": {on} does not run it; allowed: {', '.join(able)}; the nearest is quant={near}"
-        )
+    for where, part in parts_of(quant):
+        if not _runs(device, part.weight, part.activation, part.group_size):
+            able = presets_that_run(device)
+            near = min(able, key=lambda name: _distance(able[name], part, quant.algorithm), default=None)
+            where = f"quant={quant.name}" if part is quant else where
+            raise InputError(
+                f"{where} (weight={part.weight}, activation={part.activation}, group_size={part.group_size})"
+                f": {on} does not run it; allowed: {', '.join(able)}; the nearest is quant={near}"
+            )
     for leaf in ("embedding", "head"):
         if getattr(quant, leaf) not in device.embedding_formats:
             words = f"{' or '.join(device.embedding_formats)}: {on} runs no other"
@@ -317,18 +341,27 @@ def _check_device(config: RunConfig) -> None:
         )
 
 
-def _distance(preset: dict[str, Any], quant: QuantConfig) -> tuple[int, bool, bool, bool]:
+def _distance(preset: dict[str, Any], quant: Any, algorithm: str) -> tuple[int, bool, bool, bool]:
     """How far a preset is from what was asked: bits of a weight first, then its format, then the rest."""
     bits = {"none": 16, "fp8": 8, "int8": 8, "int4": 4, "nvfp4": 4}
     return (
         abs(bits[preset["weight"]] - bits[quant.weight]),
         preset["weight"] != quant.weight,
         preset["activation"] != quant.activation,
-        preset["algorithm"] == "max" if preset["weight"] != quant.weight else preset["algorithm"] != quant.algorithm,
+        preset["algorithm"] == "max" if preset["weight"] != quant.weight else preset["algorithm"] != algorithm,
     )
 
 
 @functools.cache
 def presets(group: str) -> dict[str, dict[str, Any]]:
     """The options of a group by name, as their files say."""
-    return {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) for name in options(group)}
+    return {name: _option(group, name) for name in options(group)}
+
+
+def _option(group: str, name: str) -> dict[str, Any]:
+    """What one file says over the files of its group that it names under `defaults`."""
+    own = yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text())
+    found: dict[str, Any] = {}
+    for unit in own.pop("defaults", ["_self_"]):
+        found |= own if unit == "_self_" else _option(group, unit)
+    return found

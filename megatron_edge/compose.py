@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import yaml
+
 from megatron_edge.config import (
     GROUPS,
+    QuantConfig,
     RunConfig,
     build_record,
     check_same_run,
@@ -31,21 +34,64 @@ if TYPE_CHECKING:
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 
-def from_hydra(composed: DictConfig) -> RunConfig:
-    """Raises InputError naming the first key that is unknown, missing, mistyped or out of range."""
+def from_hydra(composed: DictConfig, named: Collection[str] = ()) -> RunConfig:
+    """The record of what Hydra composed and of the recipe files that it names. `named` are the keys of the command
+    line, which wins over those files.
+
+    Raises:
+        InputError: the first key that is unknown, missing, mistyped or out of range.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        data = OmegaConf.to_container(composed, resolve=True)
+        data: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(" ".join(str(error).split())) from None
+    if isinstance(data.get("quant"), dict) and data["quant"].get("recipe"):
+        data["quant"] = _with_recipes(data["quant"], named)
     return with_derived(build_record(RunConfig, data, ""))
 
 
+def _with_recipes(quant: dict[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """The quant group under its recipe files, in their order: a file's keys replace earlier ones, its overrides follow
+    them, and those of the command line come last.
+
+    Raises:
+        InputError: a file that is not there, or no recipe.
+    """
+    files = [quant["recipe"]] if isinstance(quant["recipe"], str) else quant["recipe"]
+    own = quant["overrides"] if "quant.overrides" in named else []
+    found = {**quant, "recipe": files, "overrides": [] if own else quant["overrides"]}
+    for file in files:
+        units = _recipe_file(file)
+        overrides = found["overrides"] + (units.pop("overrides", None) or [])
+        found |= {key: value for key, value in units.items() if f"quant.{key}" not in named}
+        found["overrides"] = overrides
+    return {**found, "overrides": found["overrides"] + own}
+
+
+def _recipe_file(file: str) -> dict[str, Any]:
+    allowed = [f.name for f in dataclasses.fields(QuantConfig) if f.name != "recipe"]
+    words = f"a YAML file with keys of the quant group: {', '.join(allowed)}"
+    try:
+        units = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"quant.recipe={file}: {error}; allowed: {words}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"quant.recipe={file}: {' '.join(str(error).split())}; allowed: {words}") from None
+    if not isinstance(units, dict) or not isinstance(units.get("overrides") or [], list):
+        raise InputError(f"quant.recipe={file}: holds no recipe; allowed: {words}")
+    for key in units:
+        if key not in allowed:
+            raise refuse_unknown(f"quant.recipe={file}: {key}", str(key), allowed)
+    return {"name": Path(file).stem, **units}
+
+
 def options(group: str) -> list[str]:
-    """What may stand after `group=`. Raises InputError where conf/ is not beside the package."""
-    names = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    """What may stand after `group=`: files whose name begins with "_" are parts of others. Raises InputError where
+    conf/ is not beside the package."""
+    names = sorted(path.stem for path in (CONF_DIR / group).glob("[!_]*.yaml"))
     if not names:
         raise InputError(f"{CONF_DIR / group}: no configuration here; run from a clone (pip install -e .)")
     return names
@@ -115,7 +161,7 @@ def compose(arguments: Sequence[str]) -> RunConfig:
         overrides.append("model=custom")  # the preset's label and revision belong to the preset's source
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            return from_hydra(hydra_compose("run", overrides=overrides))
+            return from_hydra(hydra_compose("run", overrides=overrides), chosen)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(" ".join(str(error).split())) from None
 
@@ -142,7 +188,7 @@ def compose_over_run(arguments: Sequence[str]) -> RunConfig:
         raise expected("scenario", fresh.scenario, f"{saved.scenario!r}, which made {directory}")
     changed = replace(saved, parallel=fresh.parallel, run_dir=directory)
     for key in named - {"scenario"}:
-        group, _, name = key.partition(".")
+        group, _, name = key.partition(".") if key != "quant.recipe" else ("quant", "", "")  # its content counts
         value = getattr(fresh, group)
         if name:
             value = replace(getattr(changed, group), **{name: getattr(value, name)})

@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import types
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -37,17 +37,20 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "model.name", "model.backend", "quant.name", "kv.name",
+    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
 
 
-def leaf(doc: str, low: float | None = None, high: float | None = None, derived: bool = False) -> Any:
+def leaf(
+    doc: str, low: float | None = None, high: float | None = None, derived: bool = False, default: Any = MISSING
+) -> Any:
     """A field without default (conf/ holds the defaults), with its meaning and its inclusive range.
 
-    `derived`: null in conf/ is filled in from other leaves; the record itself never holds None there.
+    `derived`: null in conf/ is filled in from other leaves; the record itself never holds None there. `default` is for
+    the records of a list, which conf/ does not hold.
     """
-    return dataclasses.field(metadata={"doc": doc, "low": low, "high": high, "derived": derived})
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "derived": derived})
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,25 @@ class ParallelConfig:
     timeout_seconds: int = leaf("how long a collective may wait for the other ranks", low=1)
 
 
+Weight = Literal["none", "fp8", "int4", "int8", "nvfp4"]
+Activation = Literal["none", "fp8", "int8", "nvfp4"]
+USUAL_GROUP = {"int4": 128, "nvfp4": 16}  # other formats have one scale per tensor or row
+
+
+@dataclass(frozen=True)
+class OverrideConfig:
+    pattern: str = leaf("linear layers (fnmatch, over Megatron module names with the layer's index in the whole model)")
+    weight: Weight = leaf("format of their weights; none leaves them alone")
+    activation: Activation = leaf("format of their inputs", default="none")
+    group_size: int = leaf("null is the base recipe's, or the format's usual one", low=0, derived=True, default=None)
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     name: str = leaf("label")
-    weight: Literal["none", "fp8", "int4", "int8", "nvfp4"] = leaf("format of the linear layers' weights")
-    activation: Literal["none", "fp8", "int8", "nvfp4"] = leaf("format of the linear layers' inputs")
+    recipe: list[str] = leaf("recipe files (YAML, keys of this group) over the preset, in order; later ones win")
+    weight: Weight = leaf("format of the linear layers' weights")
+    activation: Activation = leaf("format of the linear layers' inputs")
     group_size: int = leaf("weights that share a scale, along in_features; 0 for a scale per tensor or per row", low=0)
     algorithm: Literal["max", "awq", "awq_clip", "smoothquant"] = leaf(
         "what is done to the weights before they are quantised; awq_clip is awq, then each group clipped"
@@ -98,9 +115,11 @@ class QuantConfig:
     percentile: float = leaf("of |x|, for calibration=percentile", low=50.0, high=100.0)
     calib_size: int = leaf("calibration sequences", low=1)
     awq_tokens: int = leaf("tokens per layer that the AWQ search compares outputs on", low=1)
+    overrides: list[OverrideConfig] = leaf("other formats for some layers, in order; later ones win")
     exclude: list[str] = leaf("patterns (fnmatch, over Megatron module names) that stay unquantised")
     embedding: EmbeddingFormat = leaf("format of the embedding table")
     head: EmbeddingFormat = leaf("format of the output layer; null is the embedding's", derived=True)
+    embedding_group_size: int = leaf("values of a row of an int4 embedding or output layer that share a scale", low=32)
 
 
 @dataclass(frozen=True)
@@ -166,6 +185,15 @@ class EvalConfig:
     baseline: str | None = leaf("source (the model as it came), none, or a directory; null: source if there are tasks")
 
 
+@dataclass(frozen=True)
+class SearchConfig:
+    formats: list[str] = leaf("presets of quant= that a layer may have")
+    target_bits: float | None = leaf("bits per weight of the linear layers, scales included", low=1.0, high=32.0)
+    target_bytes: int | None = leaf("bytes of the whole artifact; give this or target_bits", low=1)
+    windows: int = leaf("calibration sequences on which the divergence from the plain model is measured", low=1)
+    output: str | None = leaf("the recipe file; null is recipe.yaml in run_dir")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     scenario: str = leaf("name of the overlay, empty without one")
@@ -183,6 +211,7 @@ class RunConfig:
     export: ExportConfig
     eval: EvalConfig
     device: DeviceProfile
+    search: SearchConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)
@@ -212,6 +241,8 @@ def _leaf_value(field: str, value: Any, kind: Any) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             raise expected(field, value, "a list, such as [a,b]")
+        if dataclasses.is_dataclass(args[0]):
+            return origin(build_record(args[0], v, f"{field}[{i}]") for i, v in enumerate(value))  # type: ignore[arg-type]
         return origin(_leaf_value(f"{field}[{i}]", v, args[0]) for i, v in enumerate(value))
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
@@ -233,6 +264,9 @@ def build_record(cls: type, data: Any, path: str) -> Any:
     values: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
         field = f"{prefix}{name}"
+        if name not in data and fields[name].default is not MISSING:
+            values[name] = fields[name].default
+            continue
         if name not in data or data[name] == "???":
             raise InputError(f"{field}: no value is given, and it has no default")
         if data[name] is None and fields[name].metadata.get("derived"):
@@ -252,7 +286,7 @@ def build_record(cls: type, data: Any, path: str) -> Any:
 
 def with_derived(config: RunConfig) -> RunConfig:
     """The leaves that conf/ leaves null because they follow from others, filled in."""
-    train, export, quant = config.train, config.export, config.quant
+    train, export, quant = config.train, config.export, with_group_sizes(config.quant)
     if quant.head is None:
         quant = replace(quant, head=quant.embedding)
     if train.warmup_steps is None:
@@ -260,14 +294,45 @@ def with_derived(config: RunConfig) -> RunConfig:
     if train.min_learning_rate is None:
         train = replace(train, min_learning_rate=train.learning_rate / 10)
     if export.targets is None:
-        packed = config.quant.weight != "none"
-        export = replace(
-            export, targets=[t for t, able in TARGETS.items() if config.quant.weight in able and (t != "hf") == packed]
-        )
+        export = replace(export, targets=targets_able(quant))
     config = replace(config, train=train, export=export, quant=quant)
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{config.scenario or 'run'}-{config_hash(config)}")
     return config
+
+
+def with_group_sizes(quant: QuantConfig) -> QuantConfig:
+    """The group size of each override that leaves it open."""
+    base = {quant.weight: quant.group_size}
+    return replace(
+        quant,
+        overrides=[
+            replace(one, group_size=base.get(one.weight, USUAL_GROUP.get(one.weight, 0)))
+            if one.group_size is None
+            else one
+            for one in quant.overrides
+        ],
+    )
+
+
+def parts_of(quant: QuantConfig) -> Iterator[tuple[str, Any]]:
+    """(name of the field, with its pattern; what has weight, activation and group_size) of the base and each
+    override."""
+    yield "quant", quant
+    for index, one in enumerate(quant.overrides):
+        yield f"quant.overrides[{index}] ({one.pattern!r})", one
+
+
+def weights_of(quant: QuantConfig) -> set[str]:
+    """Weight formats of a recipe, but for "none"."""
+    found: set[str] = {quant.weight, *(one.weight for one in quant.overrides)}
+    return found - {"none"}
+
+
+def targets_able(quant: QuantConfig) -> list[Target]:
+    """The targets that carry the packed weights; hf where nothing is packed."""
+    packed = weights_of(quant)
+    return [t for t, able in TARGETS.items() if (packed <= set(able) and t != "hf" if packed else t == "hf")]
 
 
 def to_yaml(config: RunConfig) -> str:

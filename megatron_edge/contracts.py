@@ -104,12 +104,14 @@ class ParamRule:
 
 @dataclass(frozen=True)
 class QuantRule:
-    """Quantise what `pattern` (fnmatch, over Megatron module names) matches; later rules win."""
+    """Quantise what `pattern` (fnmatch, over Megatron module names) matches among the layers of the kind `linear` (such
+    a pattern too: kinds differ in their group size); later rules win. weight="none" leaves a layer alone."""
 
     pattern: str
     weight: str
     activation: str
     group_size: int
+    linear: str = "*"
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any
 
-from megatron_edge.artifact.formats import STATIC_KV_FORMATS, effective_group_size, kv_storage_bytes, storage_bytes
+from megatron_edge.artifact.formats import STATIC_KV_FORMATS, kv_storage_bytes, storage_bytes
 from megatron_edge.artifact.tables import Table, tables_of
 from megatron_edge.checks import layers_per_chunk
-from megatron_edge.config import QuantConfig, RunConfig
-from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan
+from megatron_edge.config import RunConfig
+from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan, QuantRule
 from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shape, rules_of
+from megatron_edge.recipe import quant_rules, rule_of
 
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
 DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
@@ -97,14 +97,14 @@ def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
     return ParameterCount(embedding, outside, inside, everything - embedding - head - outside - inside, head)
 
 
-def linear_bytes(linear: Linear, layer: int, quant: QuantConfig, dtype: str) -> int:
-    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised."""
-    excluded = any(fnmatch(f"decoder.layers.{layer}.{linear.module}", pattern) for pattern in quant.exclude)
-    if quant.weight == "none" or excluded:
+def linear_bytes(linear: Linear, layer: int, rules: tuple[QuantRule, ...], excluded: list[str], dtype: str) -> int:
+    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised. `rules` are
+    the recipe's (recipe.quant_rules)."""
+    rule = rule_of(f"decoder.layers.{layer}.{linear.module}", rules, excluded)
+    if rule is None:
         return storage_bytes(dtype, linear.shape)
-    group = effective_group_size(linear.shape[1], quant.group_size) if quant.weight == "int4" else quant.group_size
-    input_scale = 4 if quant.activation != "none" else 0
-    return storage_bytes(quant.weight, linear.shape, group) + input_scale
+    input_scale = 4 if rule.activation != "none" else 0
+    return storage_bytes(rule.weight, linear.shape, rule.group_size) + input_scale
 
 
 def table_bytes(table: Table, dtype: str) -> int:
@@ -118,10 +118,11 @@ def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     """Bytes of all tensors of the canonical artifact: linears and tables in their format, the rest in the training
     dtype."""
     dtype, count = config.train.precision, count_parameters(hf_config)
+    rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     total = count.others * DTYPE_BYTES[dtype]
     total += sum(table_bytes(table, dtype) for table in tables_of(config.quant, hf_config))
     for layer in range(hf_config["num_hidden_layers"]):
-        total += sum(linear_bytes(linear, layer, config.quant, dtype) for linear in linears(hf_config))
+        total += sum(linear_bytes(linear, layer, rules, excluded, dtype) for linear in linears(hf_config))
         total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def main() -> int:
     print_facts(manifest)
     print()
     print_table(("", "parameters", "bytes", "bytes/parameter", "of BF16"), size_rows(manifest))
+    if rows := mixed_rows(manifest):
+        print()
+        print_table(("linears", "format", "layers"), rows)
     if arguments.tensors:
         rows = [
             (name, "x".join(map(str, entry.shape)) or "scalar", entry.dtype, entry.format, entry.file)
@@ -82,6 +86,38 @@ def size_row(label: str, manifest: Manifest, linears: list[LinearEntry]) -> tupl
     return row(f"{label} ({len(linears)})", parameters, size_bytes)
 
 
+def mixed_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """Which layers of each kind of linear have which format; empty where all of them have one."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name in [
+        *manifest.linears,
+        *(n.removesuffix(".weight") for n in manifest.tensors if n.endswith("_proj.weight")),
+    ]:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer:
+            linear = manifest.linears.get(name)
+            kind = re.sub(r"(?<=\.)\d+(?=\.)", "N", name[layer.end() :])
+            label = "unquantised" if linear is None else linear.format
+            label += "" if linear is None or linear.activation == "none" else f", {linear.activation} activations"
+            found.setdefault(kind, {}).setdefault(label, []).append(int(layer[1]))
+    if len({label for kinds in found.values() for label in kinds}) < 2:
+        return []
+    return [
+        (kind, label, ranges(sorted(set(of)))) for kind, kinds in found.items() for label, of in sorted(kinds.items())
+    ]
+
+
+def ranges(numbers: list[int]) -> str:
+    """0-3 7 9-10"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
 def row(label: str, parameters: int, size_bytes: int) -> tuple[str, ...]:
     per_parameter = size_bytes / max(parameters, 1)
     return label, f"{parameters:,}", f"{size_bytes:,}", f"{per_parameter:.4f}", f"{per_parameter / BF16_BYTES:.4f}"
@@ -93,7 +129,8 @@ def stored_bytes(entry: TensorEntry) -> int:
 
 def print_facts(manifest: Manifest) -> None:
     facts = {"schema": manifest.schema, "family": manifest.family, "dtype": manifest.dtype}
-    for name, value in {**facts, "source": manifest.source, "quant": manifest.quant, "kv": manifest.kv}.items():
+    quant = {name: value for name, value in manifest.quant.items() if name != "rules"}  # the tables say what they did
+    for name, value in {**facts, "source": manifest.source, "quant": quant, "kv": manifest.kv}.items():
         print(f"{name:8s} {value if isinstance(value, str) else json.dumps(value)}")
 
 

@@ -15,13 +15,12 @@ from megatron_edge.artifact.formats import effective_group_size
 from megatron_edge.contracts import InputError
 from megatron_edge.families import dims_of, rules_of
 
-GROUP_SIZE = 128  # of int4, halved until it divides a row; recipes have groups of their own for linear layers
-
 
 @dataclass(frozen=True)
 class Table:
     """One row of `shape[1]` values for each of `shape[0]` words. `module` is Megatron's, `name` Hugging Face's; int4
-    has a scale per `group_size` values, int8 one per row (`group_size` 0), fp8 one for all."""
+    has a scale per `group_size` values (quant.embedding_group_size, halved until it divides a row); int8 one per row,
+    fp8 one for all (`group_size` 0)."""
 
     module: str
     name: str
@@ -50,16 +49,16 @@ def tables_of(quant: Any, hf_config: Mapping[str, Any]) -> tuple[Table, ...]:
         shape = (dims.size(rule.shape[0]), dims.size(rule.shape[1]))
         excluded = any(fnmatch(rule.module, pattern) for pattern in quant.exclude)
         chosen = "bf16" if excluded else getattr(quant, leaf)
-        group = _group_size(leaf, shape[1]) if chosen == "int4" else 0
+        group = _group_size(leaf, shape[1], quant.embedding_group_size) if chosen == "int4" else 0
         found.append(Table(rule.module, rule.targets[0].removesuffix(".weight"), shape, chosen, group))
     return tuple(found)
 
 
-def _group_size(leaf: str, size: int) -> int:
+def _group_size(leaf: str, size: int, configured: int) -> int:
     try:
-        return effective_group_size(size, GROUP_SIZE)
+        return effective_group_size(size, configured)
     except InputError:
         raise InputError(
-            f"quant.{leaf}=int4: no group of {GROUP_SIZE} or a half of it divides the model's hidden_size={size}; "
-            "allowed: bf16, int8, fp8"
+            f"quant.{leaf}=int4: neither quant.embedding_group_size={configured} nor a half of it down to 32 divides "
+            f"the model's hidden_size={size}; allowed: bf16, int8, fp8"
         ) from None

@@ -248,7 +248,8 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     config, session, plan = run.config, run.session, run.plan
     calibration: list[Batch] = []
     mark("calibrating")
-    if plan.algorithm != "max" or plan.activation != "none" or plan.kv in STATIC_KV_FORMATS:
+    on_data = any(rule.activation != "none" for rule in plan.rules)
+    if plan.algorithm != "max" or on_data or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
         calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
 

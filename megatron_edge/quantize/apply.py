@@ -23,6 +23,7 @@ from megatron_edge.model.build import chunks_of, named_modules, named_shards
 from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
 from megatron_edge.quantize import maxima, ranges
 from megatron_edge.quantize.policy import rule_for
+from megatron_edge.recipe import rule_matches
 from megatron_edge.runtime import compat
 from megatron_edge.runtime.session import data_group, tensor_group
 
@@ -40,6 +41,10 @@ _ATTRIBUTES: dict[tuple[str, str], dict[str, Any]] = {
     ("input", "nvfp4"): {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
     ("kv", "int8"): {"num_bits": 8, "axis": None, "type": "dynamic"},
 }
+
+
+# What a quantizer keeps of its first use, which modelopt does not forget when its format changes.
+_OF_ANOTHER_FORMAT = ("_amax", "_block_reshape_size", "_original_shape", "_padding", "_slices")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -126,7 +131,8 @@ def _register() -> None:
 
 
 def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
-    """Adds the plan's quantizers to this shard, not yet calibrated. In place; all ranks call it.
+    """Adds the plan's quantizers to this shard, not yet calibrated, in the place of any that it has. In place; all
+    ranks call it.
 
     Returns:
         How many modules of the whole model each pattern (of rules and exclusions) matches.
@@ -138,6 +144,10 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
     import modelopt.torch.quantization as mtq
 
     _register()
+    for _, quantizer in _quantizers(model):
+        for attribute in _OF_ANOTHER_FORMAT:
+            if hasattr(quantizer, attribute):
+                delattr(quantizer, attribute)
     names = {module: name for name, module in named_modules(model)}
     matches = _count_matches(list(names.values()), plan)
     for chunk in chunks_of(model):
@@ -187,13 +197,17 @@ def _attributes(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_matches(names: list[str], plan: QuantPlan) -> dict[str, int]:
-    patterns = [rule.pattern for rule in plan.rules] + list(plan.excluded)
-    if not patterns:
+    """An override is one rule for each kind of layer that it reaches: all of them count."""
+    mine: dict[str, set[str]] = {}
+    for rule in plan.rules:
+        mine.setdefault(rule.pattern, set()).update(name for name in names if rule_matches(rule, name))
+    for pattern in plan.excluded:
+        mine.setdefault(pattern, set()).update(name for name in names if fnmatch(name, pattern))
+    if not mine:
         return {}
-    mine = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
     everyone: list[dict[str, set[str]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in patterns}
+    matches = {pattern: len(set().union(*(found[pattern] for found in everyone))) for pattern in mine}
     empty = [pattern for pattern, count in matches.items() if count == 0]
     if empty:
         raise InputError(f"quant: patterns {empty} match no module of the model; names look like {names[-3:]}")
@@ -287,6 +301,19 @@ def _quantizers(model: nn.Module) -> list[tuple[str, Any]]:
 def enabled_quantizers(model: nn.Module) -> dict[str, Any]:
     """Enabled quantizers of this shard by their name in the whole model (…linear_fc1.weight_quantizer)."""
     return {name: quantizer for name, quantizer in _quantizers(model) if quantizer.is_enabled}
+
+
+@contextlib.contextmanager
+def only_quantized(model: nn.Module, pattern: str) -> Iterator[None]:
+    """Inside, the quantizers of the modules that `pattern` (fnmatch, names in the whole model) matches are alone."""
+    others = [q for name, q in enabled_quantizers(model).items() if not fnmatch(name.rsplit(".", 1)[0], pattern)]
+    for quantizer in others:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in others:
+            quantizer.enable()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -247,6 +247,25 @@ def evaluate(model: nn.Module, batches: list[Batch], session: Session) -> float:
     mine = filled[session.dp_rank :: session.plan.dp]
     with constant_weights(model):
         found = forward_only(model, mine, session, lambda out, batch: _losses(out, batch)[2])
+    total, tokens = _reduce(found, session)
+    return total / max(tokens, 1)
+
+
+@torch.no_grad()
+def mean_of_logits(
+    model: nn.Module, batches: list[Batch], session: Session, measure: Callable[[Tensor], Tensor]
+) -> float:
+    """Mean per counted token of what `measure(logits [n, vocabulary / tp])` gives as a sum over the n counted
+    tokens of a micro-batch; equal on its tensor-parallel ranks. Batches are shared out as in `evaluate`. All ranks call
+    it, and have the result."""
+    filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp)
+
+    def keep(output: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
+        total = measure(output[batch.loss_mask])
+        return {"total": total, "tokens": batch.loss_mask.sum().to(torch.int)}
+
+    with constant_weights(model):
+        found = forward_only(model, filled[session.dp_rank :: session.plan.dp], session, keep, with_labels=False)
     total, tokens = _reduce(found, session)
     return total / max(tokens, 1)
 

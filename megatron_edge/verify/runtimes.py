@@ -64,6 +64,10 @@ def check_target(reader: ArtifactReader, name: str, directory: Path, windows: Wi
     if name == "compressed_tensors" and reader.manifest.dims.get("num_experts"):
         reason = "transformers 5.23 leaves packed experts unread, and vLLM, which reads them, needs its own GPU"
         return Findings([_check_decompressed(reader, label, directory)], {f"{label}: logits": reason})
+    used = {linear.format for linear in reader.manifest.layer_linears.values()}
+    if name == "compressed_tensors" and "nvfp4" in used and len(used) > 1:
+        reason = "transformers casts all scales to one data type: nvfp4 runs in bfloat16 only, the others are exact in "
+        return Findings([_check_decompressed(reader, label, directory)], {f"{label}: logits": f"{reason}float32"})
     return Findings(_check_transformers(reader, label, name, directory, windows.first(RUNTIME_WINDOWS)))
 
 
@@ -120,8 +124,8 @@ def _wrong_tables(reader: ArtifactReader, target: ShardReader) -> list[str]:
 
 
 def _is_meant(name: str, targets: list[str]) -> bool:
-    """By compressed-tensors' rule: a pattern after re:, or the class of the module."""
-    return any(re.match(t.removeprefix("re:"), name) if t.startswith("re:") else t == "Linear" for t in targets)
+    """By compressed-tensors' rule: a pattern after re:, a name, or the class of the module."""
+    return any(re.match(t.removeprefix("re:"), name) if t.startswith("re:") else t in ("Linear", name) for t in targets)
 
 
 def _load(directory: Path, dtype: torch.dtype) -> Any:
@@ -160,4 +164,9 @@ def _check_modelopt(reader: ArtifactReader, label: str, directory: Path) -> Chec
             stored = target.tensor(f"{name}.input_scale")
             if not torch.equal(stored, reader.tensor(linear.tensors["input_scale"])):
                 problems.append(f"{name}.input_scale")
+    for name in reader.names():  # model.layers.0.self_attn.k_scale lies with the projection, k_proj.k_scale
+        if name.endswith((".self_attn.k_scale", ".self_attn.v_scale")):
+            attention, which = name.removesuffix("_scale").rsplit(".", 1)
+            if not torch.equal(target.tensor(f"{attention}.{which}_proj.{which}_scale").cpu(), reader.tensor(name)):
+                problems.append(name)
     return failures(label, "tensors that decode otherwise by ModelOpt's rule", problems)

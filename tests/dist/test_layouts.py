@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FORMATS = ("int4_awq", "nvfp4_w4a16+int8:embedding=int8", "nvfp4+fp8:embedding=int4", "fp8+fp8:embedding=fp8")
+FORMATS = (
+    "int4_awq", "nvfp4_w4a16+int8:embedding=int8", "nvfp4+fp8:embedding=int4", "fp8+fp8:embedding=fp8", "int8_sq+nvfp4",
+)  # fmt: skip
 WORLD_2, WORLD_3 = ("PP2VPP2", "DP2DO", "TP2SP", "CP2"), ("TP3",)
 EXPERT_FORMATS, EXPERT_LAYOUTS = ("int4_awq", "nvfp4+fp8"), ("EP2", "TP2ETP2SP")
 # The long table: dense and experts, one to four processes.
-TABLE_FORMATS = ("int4_awq", "nvfp4", "fp8+fp8")
+TABLE_FORMATS = (
+    "int4_awq", "nvfp4", "fp8+fp8", "int8_sq", "w4a8_awq+nvfp4", "int4_awq:algorithm=awq_clip",
+    "fp8+fp8:calibration=percentile", "int8_sq+nvfp4:calibration=mse",
+)  # fmt: skip
 TABLE = {
     "random:tiny": (
         "PP2", "TP2SP", "DP2DO", "CP2", "PP2VPP2", "TP3", "TP2PP2", "TP2CP2SP", "PP4", "TP2DP2SPDO", "PP2VPP2DP2",
@@ -62,12 +67,14 @@ def expected_checks(layout: str, name: str) -> set[str]:
     checks = {"noise", "maxima", "unexplained", "loaded", "saved", "losses", "gradient", "restored"}
     if "DO" in layout:  # a distributed optimizer leaves no rank the whole gradient
         checks.remove("gradient")
-    if name.startswith("int4_awq"):
-        checks |= {"alpha", "own_blocks"}
-    if name.endswith(("embedding=int4", "embedding=int8")):
+    if "awq" in name:
+        checks.add("alpha")
+    if name.startswith(("int4", "w4a8", "int8_sq")) or name.endswith(("embedding=int4", "embedding=int8")):
         checks.add("own_blocks")
-    if "+" in name or name in ("nvfp4", "fp8"):
+    if "+" in name or name in ("nvfp4", "fp8", "int8_sq"):
         checks |= {"recorded", "mean_loss"}
+    if ":algorithm" in name or ":calibration" in name:  # scales that do not cover the maxima of weights and data
+        checks -= {"unexplained", "own_blocks"}
     return checks
 
 

@@ -1,4 +1,5 @@
-"""train=qad from the model to a verified artifact; stopped and started again, it ends as if nothing had happened."""
+"""train=qad and train=lora_qat from the model to a verified artifact; stopped and started again, the former ends as if
+nothing had happened."""
 
 from __future__ import annotations
 
@@ -50,8 +51,20 @@ def runs(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     other = run("qat", *arguments, f"run_dir={parts}", directory=scratch / "other")
     for name, content in kept.items():
         (teacher / name).write_bytes(content)
-    resumed = run("qat", *arguments, f"run_dir={parts}", directory=scratch / "resumed")
-    return {"whole": (whole, one["whole"]), "parts": (parts, resumed), "other": (parts, other)}
+    lora = [a for a in arguments if not a.startswith(("train=", "train.teacher", "train.distill", "train.learning"))]
+    lora += ["train=lora_qat", "train.learning_rate=1e-2", f"run_dir={scratch / 'lora'}"]
+    last = run_all(
+        {
+            "parts": lambda: run("qat", *arguments, f"run_dir={parts}", directory=scratch / "resumed"),
+            "lora": lambda: run("qat", *lora, directory=scratch / "l"),
+        }
+    )
+    return {
+        "whole": (whole, one["whole"]),
+        "other": (parts, other),
+        "parts": (parts, last["parts"]),
+        "lora": (scratch / "lora", last["lora"]),
+    }
 
 
 def test_the_student_nears_its_teacher_and_the_artifact_is_proven(runs: dict[str, tuple[Path, Finished]]) -> None:
@@ -78,3 +91,11 @@ def test_stopped_and_continued_it_ends_the_same(runs: dict[str, tuple[Path, Fini
 def test_another_teacher_under_the_same_path_is_refused(runs: dict[str, tuple[Path, Finished]]) -> None:
     assert runs["other"][1].returncode == 2
     assert "train.teacher: " in refusal(runs["other"][1])
+
+
+def test_adapters_train_and_their_artifact_is_proven(runs: dict[str, tuple[Path, Finished]]) -> None:
+    directory, done = runs["lora"]
+    assert done.returncode == 0 and not done.noise, done.stderr
+    losses = json.loads((directory / "reference" / "reference.json").read_text())["losses"]
+    assert losses["trained"] < losses["ptq"] - 0.05, losses
+    assert json.loads((directory / "verify.json").read_text())["ok"] is True

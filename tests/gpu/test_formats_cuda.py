@@ -162,9 +162,10 @@ def cuda_equals_cpu_kv() -> Iterator[Row]:
             x = x.view(256, 16, 64)
             on_gpu = formats.fake_quantize_kv("int8", x.cuda())
             yield compare_bits(f"kv int8 {label}", formats.fake_quantize_kv("int8", x), on_gpu)
-            amax = formats.snap_amax("fp8", x.abs().amax().float() / 2)
-            on_gpu = formats.fake_quantize_kv("fp8", x.cuda(), amax.cuda())
-            yield compare_bits(f"kv fp8 {label}", formats.fake_quantize_kv("fp8", x, amax), on_gpu)
+            for fmt in formats.STATIC_KV_FORMATS:
+                amax = formats.snap_tensor_amax(fmt, x.abs().amax().float() / 2)
+                on_gpu = formats.fake_quantize_kv(fmt, x.cuda(), amax.cuda())
+                yield compare_bits(f"kv {fmt} {label}", formats.fake_quantize_kv(fmt, x, amax), on_gpu)
 
 
 # ---------------------------------------------------------------- modelopt: int4 and fp8

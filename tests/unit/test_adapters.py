@@ -35,7 +35,8 @@ def quantised(session: Any, quant: str, dtype: torch.dtype = torch.float32) -> t
     llama = random_llama(hidden_size=128, intermediate_size=256)
     model = megatron_twin(llama, session, dtype)
     plan = policy.make_plan(config.quant, config.kv, hf_config_of(llama))
-    apply.calibrate(model, plan, apply.insert_quantizers(model, plan), lambda _: None)
+    matches = apply.insert_quantizers(model, plan)
+    apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, random_batches(), session))
     return model, plan, config.train
 
 

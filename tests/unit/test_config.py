@@ -75,6 +75,38 @@ def test_every_preset_of_the_device_group_names_formats_that_exist() -> None:
         assert device["source"] and device["name"] == name
 
 
+def test_recipes_of_eight_bits_and_of_four_under_eight() -> None:
+    w4a8, smooth = compose.compose(["quant=w4a8_awq", "kv=nvfp4"]), compose.compose(["quant=int8_sq"])
+    assert (w4a8.quant.weight, w4a8.quant.activation, w4a8.quant.algorithm) == ("int4", "fp8", "awq")
+    assert (w4a8.quant.group_size, w4a8.kv.format, w4a8.export.targets) == (128, "nvfp4", ["compressed_tensors"])
+    assert (smooth.quant.weight, smooth.quant.activation, smooth.quant.algorithm) == ("int8", "int8", "smoothquant")
+    assert smooth.export.targets == ["compressed_tensors"]
+    q8_0 = ["quant=int8_sq", "quant.activation=none", "quant.algorithm=max", "device=board_2gb"]
+    for arguments in (q8_0, ["quant=int4_awq", "quant.algorithm=awq_clip"], ["quant=w4a8_awq", "kv=nvfp4"]):
+        checks.check_config(compose.compose(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quant=w4a8_awq", "device=rtx_2000_ada_embedded"], "quant=w4a8_awq .*does not run it.*nearest is quant=int4"),
+        (["quant=w4a8_awq", "export.targets=[modelopt]"], "modelopt cannot carry quant.weight=int4"),
+        (["quant=int8_sq", "export.targets=[modelopt]"], "modelopt cannot carry quant.weight=int8"),
+        (["quant=int8_sq", "quant.activation=fp8"], "quant.activation='fp8': allowed is none or int8 with"),
+        (["quant=int8_sq", "quant.activation=none"], "quant.algorithm='smoothquant': allowed is max with"),
+        (["quant=fp8", "quant.algorithm=smoothquant"], "quant.algorithm='smoothquant': allowed is max with"),
+        (["quant=int4", "quant.calibration=percentile"], "quant.calibration='percentile': allowed is max or mse"),
+        (["quant=none", "quant.calibration=mse"], "quant.calibration='mse': allowed is max with quant.weight=none"),
+        (["quant=int4", "quant.algorithm=awq_clip", "quant.calibration=mse"], "quant.calibration='mse': .*awq_clip"),
+        (["quant=fp8", "quant.percentile=120"], "quant.percentile=120.0: allowed is at least 50.0 and at most 100.0"),
+        (["kv=nvfp4", "device=jetson_thor"], "kv.format=nvfp4: .*jetson_thor.* does not run it; .*nearest is kv=fp8"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused_by_name(arguments: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        checks.check_config(compose.compose(arguments))
+
+
 def test_the_command_line_wins_over_the_scenario() -> None:
     composed = compose.compose(["quant=int4", "+scenario=gateway", "export.max_seq_len=77"])
     assert (composed.quant.name, composed.export.max_seq_len, composed.kv.name) == ("int4", 77, "int8")

@@ -22,7 +22,7 @@ ROWS = (
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "checks", "artifact", "families"),
+    ("memory", "checks", "recipe", "artifact", "families"),
     ("compose", "config", "contracts", "log"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}

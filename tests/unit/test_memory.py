@@ -17,6 +17,7 @@ from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.model import hf_config as hf
+from megatron_edge.recipe import quant_rules
 
 TINY = hf.checked_config({**llama_config().to_dict(), "architectures": ["LlamaForCausalLM"]}, "tiny")
 
@@ -43,18 +44,19 @@ def test_parameters_are_those_that_transformers_builds(tied: bool) -> None:
 def test_weights_are_the_bytes_of_a_written_artifact(recipe: str, dtype: str, tmp_path: Path) -> None:
     reader = ArtifactReader(make_tiny(tmp_path, recipe, dtype, count=1).artifact)
     weight, activation, kv = RECIPES[recipe]
-    preset = {"int4": "int4", "fp8": "fp8", "nvfp4": "nvfp4" if activation != "none" else "nvfp4_w4a16", "none": "none"}
+    presets = {"int4 fp8": "w4a8_awq", "int8 int8": "int8_sq", "nvfp4 none": "nvfp4_w4a16"}
+    preset = presets.get(f"{weight} {activation}", weight)
     precision = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
-    run = configured(f"quant={preset[weight]}", f"kv={kv}", f"train.precision={precision}")
+    run = configured(f"quant={preset}", f"kv={kv}", f"train.precision={precision}")
     assert memory.weights_bytes(run, TINY) == reader.size_bytes()
 
 
 def test_excluded_layers_keep_their_dtype() -> None:
     whole, without = configured("quant=int4"), configured("quant=int4", "quant.exclude=['decoder.layers.0.mlp.*']")
+    rules = quant_rules(whole.quant, TINY)
     layer_0 = [linear for linear in memory.linears(TINY) if linear.name.startswith("mlp")]
     grown = sum(
-        2 * linear.shape[0] * linear.shape[1] - memory.linear_bytes(linear, 1, whole.quant, "bf16")
-        for linear in layer_0
+        2 * linear.shape[0] * linear.shape[1] - memory.linear_bytes(linear, 1, rules, [], "bf16") for linear in layer_0
     )
     assert memory.weights_bytes(without, TINY) - memory.weights_bytes(whole, TINY) == grown > 0
 
@@ -63,6 +65,7 @@ def test_kv_cache_bytes() -> None:
     cache = torch.empty(2, 30, 4, 512, 3, 64, dtype=torch.bfloat16, device="meta")
     assert memory.kv_bytes("none", SMOLLM2, 4, 512) == cache.nbytes
     assert memory.kv_bytes("fp8", SMOLLM2, 4, 512) == cache.to(torch.float8_e4m3fn).nbytes
+    assert memory.kv_bytes("nvfp4", SMOLLM2, 4, 512) == cache.numel() // 2 + cache.numel() // 16
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     assert memory.kv_bytes("int8", SMOLLM2, 4, 512) == cache.numel() // block * block_bytes
 

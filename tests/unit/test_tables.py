@@ -108,8 +108,8 @@ def test_a_tied_table_is_quantised_once_a_step(session: Any) -> None:
 
 
 def test_the_tables_of_a_model() -> None:
-    """576 values a row: groups of 64, as of a linear layer; int8 has a scale a row, fp8 one for all."""
-    quant = compose(["quant=nvfp4_w4a16", "quant.embedding=int4"]).quant
+    """576 values a row: groups of 128 become 64, as those of a linear layer."""
+    quant = compose(["quant=nvfp4_w4a16", "quant.embedding=int4", "quant.embedding_group_size=128"]).quant
     (table,) = tables_of(quant, SMOLLM2)
     assert (table.name, table.shape, table.format) == ("model.embed_tokens", (49152, 576), "int4")
     assert table.group_size == formats.effective_group_size(576, 128) == 64
@@ -126,8 +126,13 @@ def test_an_impossible_table_is_refused() -> None:
     with pytest.raises(InputError, match=r"quant.head=int4: .* is its embedding; allowed: bf16"):
         tables_of(compose(["quant.head=int4"]).quant, SMOLLM2)
     odd = {**SMOLLM2, "hidden_size": 72}
-    with pytest.raises(InputError, match=r"quant.embedding=int4: no group of 128 .*hidden_size=72"):
+    with pytest.raises(InputError, match=r"quant.embedding=int4: .*embedding_group_size=32 .*hidden_size=72"):
         tables_of(compose(["quant.embedding=int4"]).quant, odd)
+    wide = compose(["device=x86_laptop", "quant.embedding=int4", "quant.embedding_group_size=192"])
+    with pytest.raises(
+        InputError, match=r"quant.embedding_group_size=192: .* groups of 192, .* allowed: \[32, 64, 128\]"
+    ):
+        check_model_dims(wide, SMOLLM2)
     on_board = compose(["+scenario=gateway", "quant=none", "quant.embedding=int8", "kv=none"])
     with pytest.raises(InputError, match=r"quant.embedding=int8.*llama.cpp packs 32 values"):
         check_model_dims(on_board, odd)
@@ -135,9 +140,9 @@ def test_an_impossible_table_is_refused() -> None:
         check_config(compose(["+scenario=gateway_thor", "quant.embedding=int8"]))
 
 
-@pytest.mark.parametrize(("fmt", "per_row"), [("bf16", 1152), ("int8", 576 + 2), ("fp8", 576), ("int4", 288 + 18)])
+@pytest.mark.parametrize(("fmt", "per_row"), [("bf16", 1152), ("int8", 576 + 2), ("fp8", 576), ("int4", 288 + 36)])
 def test_bytes_of_a_table(fmt: str, per_row: int) -> None:
-    """SmolLM2's: codes, and a fp16 scale per row (int8) or per 64 of them (int4)."""
+    """SmolLM2's: codes, and a fp16 scale per row (int8) or per 32 of them (int4)."""
     run = compose(["quant=int4", f"quant.embedding={fmt}", "train.precision=bf16"])
     plain = compose(["quant=int4", "train.precision=bf16"])
     saved = memory.weights_bytes(plain, SMOLLM2) - memory.weights_bytes(run, SMOLLM2)

@@ -19,7 +19,7 @@ from megatron_edge.export.targets import TARGETS, convert
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = [
     *(("compressed_tensors", recipe) for recipe in RECIPES if recipe != "none"),
-    *(("modelopt", recipe) for recipe in ("fp8", "nvfp4", "nvfp4_w4a16")),
+    *(("modelopt", recipe) for recipe in ("fp8", "fp8_kv4", "nvfp4", "nvfp4_w4a16")),
     *(("hf", recipe) for recipe in RECIPES),
 ]
 
@@ -144,19 +144,21 @@ def test_modelopt_decodes_its_fp8_layout_to_the_trained_weights(converted):
         assert torch.equal(values, trained.values[f"{linear}.weight"]), linear
 
 
-@pytest.mark.parametrize("recipe, algorithm", [("fp8", "FP8"), ("nvfp4", "NVFP4"), ("nvfp4_w4a16", "W4A16_NVFP4")])
+@pytest.mark.parametrize(
+    "recipe, algorithm", [("fp8", "FP8"), ("fp8_kv4", "FP8"), ("nvfp4", "NVFP4"), ("nvfp4_w4a16", "W4A16_NVFP4")]
+)
 def test_modelopt_configs_are_those_that_modelopt_makes(converted, recipe, algorithm):
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     _, trained, directory, _ = converted("modelopt", recipe)
     sidecar = json.loads((directory / "hf_quant_config.json").read_text())
     assert sidecar["quantization"]["quant_algo"] == algorithm
-    assert sidecar["quantization"]["kv_cache_quant_algo"] == ("FP8" if trained.kv == "fp8" else None)
+    assert sidecar["quantization"]["kv_cache_quant_algo"] == {"fp8": "FP8", "nvfp4": "NVFP4"}.get(trained.kv)
     section = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert section == convert_hf_quant_config_format(sidecar)
     stored = load_all(directory)
     expected = {"model.layers.0.self_attn.k_proj.k_scale", "model.layers.1.self_attn.v_proj.v_scale"}
-    assert (expected <= set(stored)) == (trained.kv == "fp8")
+    assert (expected <= set(stored)) == (trained.kv in ("fp8", "nvfp4"))
 
 
 @pytest.mark.parametrize(

@@ -353,17 +353,10 @@ def test_what_cannot_be_checked_is_said_and_never_passed(made):
     assert set(report.not_run) >= {"trained equals shipped", "logits", "loss", "perplexity", "memory", "device"}
 
 
-@pytest.mark.parametrize(
-    "target, recipe",
-    [
-        ("modelopt", "nvfp4"),
-        ("modelopt", "fp8"),
-        ("compressed_tensors", "int4"),
-        ("compressed_tensors", "w4a8"),
-        ("compressed_tensors", "int8"),
-        ("hf", "int4"),
-    ],
-)
+COMPRESSED = [("compressed_tensors", recipe) for recipe in ("int4", "w4a8", "int8")]
+
+
+@pytest.mark.parametrize("target, recipe", [("modelopt", "nvfp4"), ("modelopt", "fp8"), ("hf", "int4"), *COMPRESSED])
 def test_a_target_that_decodes_otherwise_is_caught(copied, target, recipe):
     tiny, name = copied(recipe, "bfloat16"), "model.layers.1.mlp.gate_proj"
     directory = tiny.artifact.parent / target

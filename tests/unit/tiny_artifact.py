@@ -28,6 +28,7 @@ RECIPES = {  # weight, activation, kv
     "fp8": ("fp8", "fp8", "fp8"),
     "nvfp4": ("nvfp4", "nvfp4", "fp8"),
     "nvfp4_w4a16": ("nvfp4", "none", "int8"),
+    "fp8_kv4": ("fp8", "fp8", "nvfp4"),
     "w4a8": ("int4", "fp8", "nvfp4"),
     "int8": ("int8", "int8", "nvfp4"),
     "none": ("none", "none", "none"),

@@ -1,6 +1,6 @@
 """Target `compressed_tensors`: the layout of llm-compressor checkpoints, which transformers and vLLM read.
 
-In: the canonical artifact (int4, w4a8, int8, fp8, nvfp4); out: a directory with packed weights and
+In: the canonical artifact (int4, w4a8, int8, fp8, nvfp4, or layers of each); out: a directory with packed weights and
 `config.json: quantization_config`. Layout: compressed-tensors 0.20, compressors/{pack_quantized,naive_quantized,nvfp4}.
 """
 
@@ -26,7 +26,7 @@ from megatron_edge.export.targets.folder import (
     kv_scales,
     plain_dtype,
     plain_linears,
-    recipe,
+    recipes,
     role_tensor,
     tables_dropped,
     unquantised,
@@ -43,34 +43,37 @@ FORMATS = {
     ("nvfp4", "nvfp4"): "nvfp4-pack-quantized",
     ("nvfp4", "none"): "nvfp4-pack-quantized",
 }
-LOADING_DTYPES = {"int4": "float16", "int8": "float16", "nvfp4": "bfloat16"}  # the reasons are in `_notes`
+# The reasons are in `_notes`; the first that is there decides.
+LOADING_DTYPES = {"nvfp4": "bfloat16", "int4": "float16", "int8": "float16"}
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 INT8_PER_ROW, INT8_PER_TENSOR = {**_INT8, "strategy": "channel"}, {**_INT8, "strategy": "tensor"}
 FP8_PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
 def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
-    """Raises InputError where compressed-tensors has no format for the artifact's weights and activations."""
+    """Raises InputError where compressed-tensors has no format for a layer's weights and activations."""
     manifest = reader.manifest
-    weight, activation = recipe(manifest, "compressed_tensors")
-    if (weight, activation) not in FORMATS:
-        allowed = ", ".join(f"weight={w} activation={a}" for w, a in FORMATS)
-        raise InputError(
-            f"export.targets: compressed_tensors cannot carry weight={weight} activation={activation}; "
-            f"allowed: {allowed} (use the target hf for unquantised weights)"
-        )
-    kv, dropped = kv_format(manifest), tables_dropped(manifest)
-    carried = [f"{describe_linears(manifest)} as {FORMATS[weight, activation]}"]
+    found = recipes(manifest, "compressed_tensors", FORMATS, " (use the target hf for unquantised weights)")
+    layouts, weights = sorted({FORMATS[pair] for pair in found}), {weight for weight, _ in found}
+    kv, carried = kv_format(manifest), [f"{describe_linears(manifest)} as {', '.join(layouts)}"]
+    dropped = tables_dropped(manifest)
     if kv == "fp8":
         carried.append("fp8 KV scales as self_attn.k_scale and self_attn.v_scale")
     elif kv == "nvfp4":
         dropped.append("the nvfp4 KV cache and its k_scale and v_scale: compressed-tensors' readers know FP8 only")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
-    loading = plain_dtype(manifest) if activation == "fp8" else LOADING_DTYPES.get(weight, plain_dtype(manifest))
+    loading = next((dtype for weight, dtype in LOADING_DTYPES.items() if weight in weights), plain_dtype(manifest))
+    if ("int4", "fp8") in found and "nvfp4" not in weights:
+        loading = plain_dtype(manifest)
     config = base_config(reader, loading)
-    config["quantization_config"] = _config_section(manifest, FORMATS[weight, activation], kv)
-    content = TargetContent(_tensors(reader), config, carried, dropped, _notes(weight, activation))
+    config["quantization_config"] = _config_section(manifest, layouts, kv)
+    notes = list(dict.fromkeys(note for pair in found for note in _notes(*pair)))
+    if len(weights) > 1:
+        notes.append(
+            "layers of several formats: transformers has one data type for all, so at most some are exact there"
+        )
+    content = TargetContent(_tensors(reader), config, carried, dropped, notes)
     return write_target(reader, directory, "compressed_tensors", content, shard_bytes)
 
 
@@ -112,35 +115,50 @@ def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
     return (1.0 / scale.float()).reshape(1)
 
 
-def _config_section(manifest: Manifest, layout: str, kv: str) -> dict[str, Any]:
+def _config_section(manifest: Manifest, layouts: list[str], kv: str) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
-        "format": layout,
+        "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": plain_linears(manifest),
         "kv_cache_scheme": FP8_PER_TENSOR if kv == "fp8" else None,
         "config_groups": {
-            f"group_{index}": {"targets": targets, "format": layout, **_scheme(linear)}
+            f"group_{index}": {
+                "targets": targets,
+                "format": FORMATS[linear.format, linear.activation],
+                **_scheme(linear),
+            }
             for index, (targets, linear) in enumerate(_groups(manifest))
         },
     }
 
 
 def _groups(manifest: Manifest) -> list[tuple[list[str], LinearEntry]]:
-    """One config group per group size: class `Linear` where there is only one, else one pattern per kind of linear.
+    """One config group per format and group size: class `Linear` where there is only one, else a pattern for each kind
+    of linear that is wholly in the group, and the names of the others.
 
-    Kinds are names without the layer's number, such as `model.layers.N.mlp.down_proj`; all layers of a kind have the
-    same input width and therefore the same group size.
+    Kinds are names without the layer's number, such as `model.layers.N.mlp.down_proj`.
     """
-    by_size: dict[int, LinearEntry] = {}
-    kinds: dict[int, set[str]] = {}
+    by_scheme: dict[tuple[str, str, int], list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for name, linear in manifest.layer_linears.items():
-        by_size.setdefault(linear.group_size, linear)
-        kinds.setdefault(linear.group_size, set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", name))
-    if len(by_size) == 1:
-        return [(["Linear"], next(iter(by_size.values())))]
-    return [(["re:" + _pattern(kind) for kind in sorted(kinds[size])], by_size[size]) for size in sorted(by_size)]
+        by_scheme.setdefault((linear.format, linear.activation, linear.group_size), []).append(name)
+    if len(by_scheme) == 1:
+        return [(["Linear"], next(iter(manifest.layer_linears.values())))]
+    for name in [*plain_linears(manifest), *manifest.layer_linears]:
+        kinds.setdefault(_kind(name), []).append(name)
+    groups = []
+    for scheme in sorted(by_scheme):
+        names = set(by_scheme[scheme])
+        whole = sorted(kind for kind, members in kinds.items() if names.issuperset(members))
+        rest = sorted(name for name in names if _kind(name) not in whole)
+        groups.append((["re:" + _pattern(kind) for kind in whole] + rest, manifest.layer_linears[by_scheme[scheme][0]]))
+    return groups
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
 
 
 def _pattern(kind: str) -> str:

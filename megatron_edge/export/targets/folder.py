@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,26 @@ def write_target(
     return report
 
 
-def recipe(manifest: Manifest, target: str) -> tuple[str, str]:
-    """The (weight, activation) format that all quantised linears share; ("none", "none") where there are none.
+def recipes(
+    manifest: Manifest, target: str, allowed: Collection[tuple[str, str]], advice: str = ""
+) -> list[tuple[str, str]]:
+    """The (weight, activation) formats of the quantised linears, sorted; ("none", "none") where there are none.
 
     Raises:
-        InputError: linears differ in format, which no target of this package carries.
+        InputError: linears whose formats are not among `allowed`, by name.
     """
-    found = sorted({(linear.format, linear.activation) for linear in manifest.layer_linears.values()})
-    if len(found) > 1:
-        raise InputError(
-            f"export.targets: {target} cannot carry linears of several formats {found}; allowed: one weight format "
-            "and one activation format for all quantised linears"
-        )
-    return found[0] if found else ("none", "none")
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, linear in manifest.layer_linears.items():
+        found.setdefault((linear.format, linear.activation), []).append(name)
+    found = found or {("none", "none"): []}
+    for (weight, activation), names in sorted(found.items()):
+        if (weight, activation) not in allowed:
+            where = f" in {', '.join(names)}" if len(found) > 1 else ""
+            raise InputError(
+                f"export.targets: {target} cannot carry weight={weight} activation={activation}{where}; "
+                f"allowed: {', '.join(f'weight={w} activation={a}' for w, a in allowed)}{advice}"
+            )
+    return sorted(found)
 
 
 def kv_format(manifest: Manifest) -> str:
@@ -157,11 +164,14 @@ def kv_scales(reader: ArtifactReader) -> Iterator[tuple[str, str, torch.Tensor]]
 
 
 def describe_linears(manifest: Manifest) -> str:
-    """One line such as "210 linears: int4, groups of 64 (180), 128 (30)"."""
+    """One line such as "210 linears: int4, groups of 64 (180), 128 (30)"; of several formats, how many have each."""
     groups: dict[int, int] = {}
     for linear in manifest.layer_linears.values():
         groups[linear.group_size] = groups.get(linear.group_size, 0) + 1
-    formats = sorted({linear.format for linear in manifest.layer_linears.values()})
+    counts: dict[str, int] = {}
+    for linear in manifest.layer_linears.values():
+        counts[linear.format] = counts.get(linear.format, 0) + 1
+    formats = [f"{name} ({count})" if len(counts) > 1 else name for name, count in sorted(counts.items())]
     sizes = ", ".join(f"{size} ({count})" for size, count in sorted(groups.items()) if size > 0)
     return f"{len(manifest.layer_linears)} linears: {'/'.join(formats)}" + (f", groups of {sizes}" if sizes else "")
 

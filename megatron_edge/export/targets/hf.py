@@ -19,7 +19,6 @@ from megatron_edge.export.targets.folder import (
     describe_linears,
     kv_format,
     plain_dtype,
-    recipe,
     tables_dropped,
     unquantised,
     write_target,
@@ -28,17 +27,19 @@ from megatron_edge.export.targets.folder import (
 
 def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
     manifest = reader.manifest
-    weight, activation = recipe(manifest, "hf")
+    linears = manifest.layer_linears.values()
+    weight = "/".join(sorted({linear.format for linear in linears}))
+    activation = "/".join(sorted({linear.activation for linear in linears} - {"none"}))
     carried, dropped = ["all tensors as bfloat16"], []
-    if weight != "none":
+    if weight:
         carried.append(f"{describe_linears(manifest)}, decoded")
         dropped.append(f"the packed {weight} codes: this checkpoint takes the memory of a BF16 model")
     dropped += tables_dropped(manifest)
-    if activation != "none":
+    if activation:
         dropped.append(f"{activation} quantisation of activations and its input scales")
     if kv_format(manifest) != "none":
         dropped.append(f"{kv_format(manifest)} quantisation of the KV cache and its scales")
-    if plain_dtype(manifest) == "float32" or (weight != "none" and manifest.dtype == "float32"):
+    if plain_dtype(manifest) == "float32" or (weight and manifest.dtype == "float32"):
         dropped.append("float32 digits that bfloat16 cannot hold")
     content = TargetContent(_tensors(reader), base_config(reader, "bfloat16"), carried, dropped)
     return write_target(reader, directory, "hf", content, shard_bytes)

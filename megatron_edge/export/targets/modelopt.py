@@ -1,7 +1,8 @@
 """Target `modelopt`: NVIDIA ModelOpt's unified Hugging Face layout, read by TensorRT-LLM, TensorRT Edge-LLM and vLLM.
 
-In: the canonical artifact (fp8, or nvfp4 with or without activations); out: a directory with packed weights,
-`config.json` (`quantization_config`, `quant_method: modelopt`) and `hf_quant_config.json`, which Edge-LLM reads first.
+In: the canonical artifact (fp8, nvfp4 with or without activations, or layers of each); out: a directory with packed
+weights, `config.json` (`quantization_config`, `quant_method: modelopt`) and `hf_quant_config.json`, which Edge-LLM
+reads first.
 Layout: nvidia-modelopt 0.47, modelopt/torch/export/{unified_export_megatron,convert_hf_config}.py.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_edge.artifact.store import ArtifactReader
-from megatron_edge.contracts import InputError
+from megatron_edge.contracts import Manifest
 from megatron_edge.export.targets.folder import (
     SHARD_BYTES,
     TargetContent,
@@ -26,7 +27,7 @@ from megatron_edge.export.targets.folder import (
     kv_scales,
     plain_dtype,
     plain_linears,
-    recipe,
+    recipes,
     role_tensor,
     tables_dropped,
     unquantised,
@@ -40,24 +41,20 @@ NVFP4_BLOCK = 16
 
 
 def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
-    """Raises InputError where ModelOpt has no algorithm for the artifact's weights and activations."""
+    """Raises InputError where ModelOpt has no algorithm for a layer's weights and activations."""
     manifest = reader.manifest
-    weight, activation = recipe(manifest, "modelopt")
-    if (weight, activation) not in ALGORITHMS:
-        allowed = ", ".join(f"weight={w} activation={a}" for w, a in ALGORITHMS)
-        raise InputError(
-            f"export.targets: modelopt cannot carry weight={weight} activation={activation}; allowed: {allowed} "
-            "(use the target compressed_tensors for int4 and int8, hf for unquantised weights)"
-        )
-    algorithm, kv = ALGORITHMS[weight, activation], kv_format(manifest)
+    advice = " (use the target compressed_tensors for int4 and int8, hf for unquantised weights)"
+    found = recipes(manifest, "modelopt", ALGORITHMS, advice)
+    algorithm = ALGORITHMS[found[0]] if len(found) == 1 else "MIXED_PRECISION"
+    kv = kv_format(manifest)
     carried, dropped = [f"{describe_linears(manifest)} as {algorithm}"], tables_dropped(manifest)
     if kv in KV_ALGORITHMS:
         carried.append(f"{kv} KV scales as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale")
     elif kv != "none":
         dropped.append(f"the {kv} KV cache (blocks of 32, scaled as they are written): ask the runtime for its own")
-    quantization = _quantization(algorithm, kv, plain_linears(manifest))
+    quantization = _quantization(algorithm, kv, manifest)
     config = base_config(reader, plain_dtype(manifest))
-    config["quantization_config"] = _config_section(quantization, activation != "none")
+    config["quantization_config"] = _config_section(quantization)
     content = TargetContent(
         tensors=_tensors(reader),
         config=config,
@@ -88,29 +85,53 @@ def _producer() -> dict[str, str]:
     return {"name": "modelopt", "version": LAYOUT_VERSION}
 
 
-def _quantization(algorithm: str, kv: str, excluded: list[str]) -> dict[str, Any]:
-    section: dict[str, Any] = {"quant_algo": algorithm, "exclude_modules": excluded}
-    if "NVFP4" in algorithm:
-        section["group_size"] = NVFP4_BLOCK
+def _quantization(algorithm: str, kv: str, manifest: Manifest) -> dict[str, Any]:
+    """`quantization` of hf_quant_config.json; layers that differ are each listed with their algorithm."""
+    section: dict[str, Any] = {"quant_algo": algorithm, "exclude_modules": plain_linears(manifest)}
+    if algorithm == "MIXED_PRECISION":
+        section["quantized_layers"] = {
+            name: _algorithm(ALGORITHMS[linear.format, linear.activation])
+            for name, linear in manifest.layer_linears.items()
+        }
+    else:
+        section |= _algorithm(algorithm)
     section["kv_cache_quant_algo"] = KV_ALGORITHMS.get(kv)
     return section
 
 
-def _config_section(quantization: dict[str, Any], activations: bool) -> dict[str, Any]:
-    """`quantization_config` of config.json: the sidecar's facts in compressed-tensors' vocabulary."""
+def _algorithm(name: str) -> dict[str, Any]:
+    return {"quant_algo": name} | ({"group_size": NVFP4_BLOCK} if "NVFP4" in name else {})
+
+
+def _group(algorithm: dict[str, Any], targets: list[str]) -> dict[str, Any]:
+    """An algorithm in compressed-tensors' vocabulary."""
     form: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if "group_size" in quantization:
-        form = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": quantization["group_size"]}
-    group: dict[str, Any] = {"weights": form, "targets": ["Linear"]}
-    if activations:
+    if "group_size" in algorithm:
+        form = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": algorithm["group_size"]}
+    group: dict[str, Any] = {"weights": form, "targets": targets}
+    if algorithm["quant_algo"] != "W4A16_NVFP4":
         group["input_activations"] = form
+    return group
+
+
+def _config_section(quantization: dict[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of config.json: the sidecar's facts, layers of one algorithm together."""
+    layers = quantization.get("quantized_layers")
+    groups = [_group(quantization, ["Linear"])]
+    if layers:
+        kinds: dict[str, list[str]] = {}
+        for name, algorithm in layers.items():
+            kinds.setdefault(algorithm["quant_algo"], []).append(name)
+        groups = [_group(_algorithm(kind), sorted(names)) for kind, names in kinds.items()]
     section: dict[str, Any] = {
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
         "ignore": quantization["exclude_modules"],
         "quant_algo": quantization["quant_algo"],
         "producer": _producer(),
         "quant_method": "modelopt",
     }
+    if layers:
+        section["quantized_layers"] = layers
     if quantization["kv_cache_quant_algo"] == "NVFP4":
         section["kv_cache_scheme"] = "NVFP4"
     elif quantization["kv_cache_quant_algo"] == "FP8":
