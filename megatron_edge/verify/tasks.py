@@ -83,10 +83,10 @@ def _mmlu(row: dict[str, Any]) -> Question:
 
 
 def _options(row: dict[str, Any]) -> tuple[list[str], int]:
-    """Choices and the right one's index, out of "A. ...\\nB. ..." and "B. ..."."""
+    """Choices and the right one's index, out of "A. ...\\nB. ..." and "B. ..."; some rows begin at a later letter."""
     parts, right = _OPTION.split(row["options"]), _OPTION.split(row["answer"])
     letters, choices = parts[1::2], [choice.strip() for choice in parts[2::2]]
-    if letters != list(LETTERS[: len(letters)]) or len(right) != 3 or right[1] not in letters:
+    if letters != sorted(set(letters)) or len(right) != 3 or right[1] not in letters:
         raise ValueError(f"options {row['options']!r}, answer {row['answer']!r}")
     return choices, letters.index(right[1])
 
