@@ -81,8 +81,10 @@ def run_cell(quant: str, kv: str, directory: Path, overrides: list[str]) -> Cell
 def saved_on_linears(artifact: Path) -> float:
     """1 - bytes of the quantised linears, all their scales included, over their bytes in bf16."""
     manifest = read_manifest(artifact)
-    stored = sum(stored_bytes(manifest.tensors[name]) for x in manifest.linears.values() for name in x.tensors.values())
-    plain = sum(2 * math.prod(linear.shape) for linear in manifest.linears.values())
+    stored = sum(
+        stored_bytes(manifest.tensors[name]) for x in manifest.layer_linears.values() for name in x.tensors.values()
+    )
+    plain = sum(2 * math.prod(linear.shape) for linear in manifest.layer_linears.values())
     return 1 - stored / plain if plain else 0.0
 
 

@@ -110,7 +110,7 @@ def weight_amax(fmt: str, weight: Tensor, group_size: int = 0) -> Tensor:
         return weight.detach().unflatten(-1, (-1, group_size)).abs().amax(-1).float()
     else:
         low, high = torch.aminmax(weight.detach())
-    return torch.maximum(high, -low).float()
+    return torch.maximum(high, -low).float() + 0.0  # of two zeros devices choose either: + 0 makes it +0
 
 
 @torch.no_grad()

@@ -247,7 +247,9 @@ def calibrate(
         elif plan.calibration == "mse":
             if any(maxima.wants_data(q) for q in enabled.values()):
                 found |= ranges.least_error_of_data(enabled, found, run_data)
-            found |= ranges.least_error_of_weights(enabled, found, named_shards(model), dist.get_rank())
+            # Not of tables: a clipped embedding is nearer in its values and further in its logits.
+            of_layers = {name: q for name, q in enabled.items() if ".layers." in name}
+            found |= ranges.least_error_of_weights(of_layers, found, named_shards(model), dist.get_rank())
     amax = {}
     for name, value in found.items():
         set_amax(enabled[name], value)

@@ -30,7 +30,7 @@ class Divergence:
 
         def keep(logits: Tensor) -> Tensor:
             self._plain.append(logits.detach().cpu())
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device=logits.device)
 
         mean_of_logits(model, batches, session, keep)
 

@@ -83,10 +83,10 @@ def _mmlu(row: dict[str, Any]) -> Question:
 
 
 def _options(row: dict[str, Any]) -> tuple[list[str], int]:
-    """Choices and the right one's index, out of "A. ...\\nB. ..." and "B. ..."."""
+    """Choices and the right one's index, out of "A. ...\\nB. ..." and "B. ..."; some rows begin at a later letter."""
     parts, right = _OPTION.split(row["options"]), _OPTION.split(row["answer"])
     letters, choices = parts[1::2], [choice.strip() for choice in parts[2::2]]
-    if letters != list(LETTERS[: len(letters)]) or len(right) != 3 or right[1] not in letters:
+    if letters != sorted(set(letters)) or len(right) != 3 or right[1] not in letters:
         raise ValueError(f"options {row['options']!r}, answer {row['answer']!r}")
     return choices, letters.index(right[1])
 
@@ -119,10 +119,10 @@ def load_tasks(names: Sequence[str], limit: int | None) -> list[Task]:
         if name not in TASKS and not (name.endswith(".jsonl") and Path(name).is_file()):
             words = f"{', '.join(TASKS)}, or a *.jsonl file that is there"
             raise InputError(f"eval.tasks={list(names)}: {name!r} is no task; allowed: {words}")
-    packaged = [name for name in names if name in TASKS]
-    asked = f"eval.tasks={list(names)}"
-    files = wheel_files(asked, *PACKAGE, [TASKS[name][0] for name in packaged]) if packaged else []
-    places = {**dict(zip(packaged, files, strict=True)), **{n: Path(n) for n in names if n not in TASKS}}
+    places = {name: Path(name) for name in names}
+    if any(name in TASKS for name in names):  # the files of all, so that one download serves every later choice
+        files = wheel_files(f"eval.tasks={list(names)}", *PACKAGE, [member for member, _ in TASKS.values()])
+        places.update(zip(TASKS, files, strict=True))
     return [_load(name, places[name], limit) for name in names]
 
 

@@ -103,6 +103,20 @@ def test_only_adapters_move_and_the_model_is_the_merged_one(session: Any, dtype:
     assert not any("adapters" in name for name, _ in model.named_parameters())
 
 
+def test_recomputed_layers_pass_the_gradient_on(session: Any) -> None:
+    """The first layer's input is a frozen embedding, which wants none by itself."""
+    norms = []
+    for recompute in (None, "full"):
+        model, _, train = quantised(session, "int4")
+        config = model[0].config
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = recompute, "uniform", 1
+        wrapped, optimizer = with_adapters(model, train, session)
+        norms.append(step.train_step(wrapped, optimizer, random_batches(), session).gradient_norm)
+        first = [one.b[0].main_grad.abs().max() for one in model[0].adapters if ".layers.0." in one.name]
+        assert len(first) == 4 and all(value > 0 for value in first)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(session: Any, tmp_path: Path, distributed: bool) -> None:
     model, plan, train = quantised(session, "nvfp4_w4a16")

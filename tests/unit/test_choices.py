@@ -133,6 +133,8 @@ def test_questions_are_read_as_they_are_written(tmp_path: Path) -> None:
         "mmlu": Question(listed, (" A", " B", " C"), 1),
     }
     assert set(rows) == set(TASKS)
+    later = TASKS["siqa"][1]({"passage": "C.", "question": "Why?", "options": "B. two\nC. three", "answer": "C. three"})
+    assert (later.choices, later.answer) == ((" two", " three"), 1), "some rows lack their first choices"
 
 
 def test_a_limit_is_spread_evenly_and_repeated_choices_are_left_out(tmp_path: Path) -> None:

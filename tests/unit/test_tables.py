@@ -107,6 +107,23 @@ def test_a_tied_table_is_quantised_once_a_step(session: Any) -> None:
         assert quantizer._kept is kept is not None
 
 
+def test_a_table_keeps_its_maxima(session: Any) -> None:
+    """Whatever finds the scales of linear layers."""
+    llama = random_llama(tie_word_embeddings=False)
+    model, _ = quantised(
+        llama, session, "quant=int4", "quant.embedding=int4", "quant.group_size=32", "quant.calibration=mse"
+    )
+    weights = named_shards(model)
+    kept = {}
+    for name, quantizer in apply.enabled_quantizers(model).items():
+        amax = formats.weight_amax("int4", weights[name.removesuffix("_quantizer")].detach(), 32)
+        kept[name] = torch.equal(quantizer._amax.view_as(amax), formats.snap_amax("int4", amax))
+    assert {name for name, same in kept.items() if same} == {
+        "embedding.word_embeddings.weight_quantizer",
+        "output_layer.weight_quantizer",
+    }
+
+
 def test_the_tables_of_a_model() -> None:
     """576 values a row: groups of 128 become 64, as those of a linear layer."""
     quant = compose(["quant=nvfp4_w4a16", "quant.embedding=int4", "quant.embedding_group_size=128"]).quant
