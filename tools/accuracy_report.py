@@ -214,7 +214,7 @@ training text.
 
 {picture}{checks}
 
-What training took, with {results["parallel"]} job(s) at a time on one device:
+What training took, with {results["parallel"]} job(s) at a time on {results.get("num_devices", 1)} device(s):
 
 {markdown(cost_table(rows))}
 
@@ -272,7 +272,8 @@ def draw(results: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 def _label_loss(row: dict[str, Any]) -> list[float]:
     """Each step's cross-entropy, which QAD reports beside what it minimises."""
-    return known(row["curve"].get("label_loss_nats_per_token") or row["curve"].get("loss_nats_per_token"))
+    curve = row["curve"]
+    return known(curve.get("label_loss_nats_per_token")) or known(curve.get("loss_nats_per_token"))
 
 
 def _plot(axis: Any, values: list[float | None] | None, label: str, style: dict[str, Any]) -> None:
