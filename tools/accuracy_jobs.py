@@ -204,11 +204,12 @@ def _stamp(artifact: Path) -> list[int]:
 
 def collect(run: Runner, jobs: list[Job], meter: Meter, arguments: list[str]) -> dict[str, Any]:
     """All that the tables and the picture need, of the jobs that are done and measured."""
-    rows = []
+    rows, not_done = [], []
     for job in jobs:
         directory = run.directory(job)
         measured = directory / MEASURED
         if not run.is_done(job) or not measured.is_file():
+            not_done.append(job.name)
             continue
         found = json.loads(measured.read_text())
         report = json.loads((directory / "verify.json").read_text())
@@ -224,4 +225,7 @@ def collect(run: Runner, jobs: list[Job], meter: Meter, arguments: list[str]) ->
         )  # fmt: skip
     device = torch.cuda.get_device_name(0) if meter.device == "cuda" else "CPU"
     packages = {name: version(name) for name in ("torch", "transformers", "megatron-core", "nvidia-modelopt")}
-    return {"rows": rows, "device": device, "versions": packages, "arguments": arguments, "parallel": run.parallel}
+    return {
+        "rows": rows, "not_done": not_done, "device": device, "num_devices": max(1, torch.cuda.device_count()),
+        "versions": packages, "arguments": arguments, "parallel": run.parallel,
+    }  # fmt: skip

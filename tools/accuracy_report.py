@@ -194,6 +194,8 @@ def document(results: dict[str, Any], rows: list[Row], drawn: bool) -> str:
     checks = (
         "All checks of verify hold." if not failed else "Checks of verify that do not hold:\n\n- " + "\n- ".join(failed)
     )
+    if results["not_done"]:
+        checks += f"\n\nNot here, as they did not end: {', '.join(results['not_done'])}."
     return f"""# Accuracy: what quantising costs, and what training wins back
 
 SmolLM2-135M, fine-tuned in BF16 first (its weights as they came lie on a 4-bit grid, which flatters 4-bit formats).
@@ -214,7 +216,7 @@ training text.
 
 {picture}{checks}
 
-What training took, with {results["parallel"]} job(s) at a time on {results.get("num_devices", 1)} device(s):
+What training took, with {results["parallel"]} job(s) at a time on {results["num_devices"]} device(s):
 
 {markdown(cost_table(rows))}
 
