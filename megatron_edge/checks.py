@@ -79,7 +79,8 @@ def _check_distillation(config: RunConfig) -> None:
                 f"{'null' if default is None else default} with train.mode={train.mode}; only train=qad has a teacher"
             )
             raise expected(f"train.{name}", getattr(train, name), words)
-    quantised = bool(weights_of(config.quant)) or config.kv.format != "none"
+    quant = config.quant
+    quantised = weights_of(quant) or {quant.embedding, quant.head} != {"bf16"} or config.kv.format != "none"
     if train.mode == "qad" and train.teacher is None and not quantised:
         raise InputError(
             "train.teacher=null: with quant=none and kv=none the student is its own teacher and learns nothing; "
@@ -92,7 +93,7 @@ def _check_adapters(config: RunConfig) -> None:
     for name in ("lora_rank", "lora_alpha"):
         if (getattr(train, name) is not None) != adapts:
             raise expected(f"train.{name}", getattr(train, name), "a number with train=lora_qat, null with any other")
-    if adapts and config.quant.weight == "none":
+    if adapts and not weights_of(config.quant):
         raise expected("quant.weight", "none", "a format with train=lora_qat: adapters are of quantised layers")
 
 
@@ -169,7 +170,8 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
 
 def check_teacher_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     """As `check_model_dims`, for a model that gets no quantizers."""
-    quant, kv = replace(config.quant, weight="none"), replace(config.kv, format="none")
+    quant = replace(config.quant, weight="none", overrides=[], embedding="bf16", head="bf16")
+    kv = replace(config.kv, format="none")
     check_model_dims(replace(config, quant=quant, kv=kv), hf_config)
 
 

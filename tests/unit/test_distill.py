@@ -114,6 +114,10 @@ def test_leaves_that_nothing_would_read_are_refused(arguments: tuple[str, ...], 
         check_config(compose(arguments))
 
 
+def test_a_quantised_embedding_alone_is_something_to_learn() -> None:
+    check_config(compose(["train=qad", "quant=none", "quant.embedding=int8"]))
+
+
 def save(directory: Path, tokens: list[str], **changes: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
