@@ -129,7 +129,8 @@ def calibrate(case: Case, model: nn.Module, found: dict[str, Any]) -> None:
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor, _: Tensor) -> None:
-        seen[name] = torch.maximum(seen.get(name, x.new_zeros(())), x.abs().max())
+        if x.numel():  # no token of a batch may reach an expert
+            seen[name] = torch.maximum(seen.get(name, x.new_zeros(())), x.abs().max())
 
     def forward_loop(_: nn.Module) -> None:
         with watched(data_quantizers(model), see):

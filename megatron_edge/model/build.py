@@ -193,12 +193,18 @@ def _set_layers(layer: Any, config: Any, backend: Backend) -> Any:
 
 def _mark_tensor_parallel(model: nn.ModuleList, hf_config: dict) -> None:
     """Upstream does this where it initialises weights, which we skip; without it the gradient norm of every clipping
-    counts the shards of tensor-parallel rank 0 alone (layers.py:89)."""
+    counts the shards of tensor-parallel rank 0 alone (layers.py:89).
+
+    Experts' weights are marked too (`allreduce` False: reduced over the replicas of experts). Upstream marks them under
+    expert parallelism alone (layers.py:886); tensor ranks that each hold whole experts, and see different tokens, would
+    never sum their gradients."""
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
     rules = rules_of(hf_config)
     for name, param in named_shards(model).items():
         rule = find_rule(name, rules)
+        if rule is not None and rule.is_expert:
+            param.allreduce = False
         if rule is not None and rule.split_axis is not None and not hasattr(param, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(param, True, rule.split_axis, 1)
 

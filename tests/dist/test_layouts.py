@@ -16,7 +16,7 @@ FORMATS = (
     "int4_awq", "nvfp4_w4a16+int8:embedding=int8", "nvfp4+fp8:embedding=int4", "fp8+fp8:embedding=fp8", "int8_sq+nvfp4",
 )  # fmt: skip
 WORLD_2, WORLD_3 = ("PP2VPP2", "DP2DO", "TP2SP", "CP2"), ("TP3",)
-EXPERT_FORMATS, EXPERT_LAYOUTS = ("int4_awq", "nvfp4+fp8"), ("EP2", "TP2ETP2SP")
+EXPERT_FORMATS, EXPERT_LAYOUTS = ("int4_awq", "nvfp4+fp8"), ("EP2", "TP2SP", "TP2ETP2SP")
 # The long table: dense and experts, one to four processes.
 TABLE_FORMATS = (
     "int4_awq", "nvfp4", "fp8+fp8", "int8_sq", "w4a8_awq+nvfp4", "int4_awq:algorithm=awq_clip",
@@ -26,7 +26,9 @@ TABLE = {
     "random:tiny": (
         "PP2", "TP2SP", "DP2DO", "CP2", "PP2VPP2", "TP3", "TP2PP2", "TP2CP2SP", "PP4", "TP2DP2SPDO", "PP2VPP2DP2",
     ),
-    "random:mixtral": ("EP2", "TP2ETP2SP", "TP2EP2SP", "EP4", "PP2EP2", "TP2EP2DP2SP", "PP2TP2ETP2SPDO"),
+    "random:mixtral": (
+        "EP2", "TP2SP", "TP2DP2SPDO", "TP2ETP2SP", "TP2EP2SP", "EP4", "PP2EP2", "TP2EP2DP2SP", "PP2TP2ETP2SPDO",
+    ),
 }  # fmt: skip
 
 # Imports alone take 20 s for each of 8 processes; an engineer's other work may share the cores.
