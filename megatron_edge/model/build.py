@@ -200,10 +200,11 @@ def _mark_tensor_parallel(model: nn.ModuleList, hf_config: dict) -> None:
     never sum their gradients."""
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-    rules = rules_of(hf_config)
+    rules, config = rules_of(hf_config), chunks_of(model)[0].config
+    of_expert = config.expert_model_parallel_size * config.expert_tensor_parallel_size
     for name, param in named_shards(model).items():
         rule = find_rule(name, rules)
-        if rule is not None and rule.is_expert:
+        if rule is not None and rule.is_expert and of_expert != config.tensor_model_parallel_size:
             param.allreduce = False
         if rule is not None and rule.split_axis is not None and not hasattr(param, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(param, True, rule.split_axis, 1)

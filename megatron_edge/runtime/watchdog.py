@@ -100,6 +100,8 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         quiet, before, last = 0.0, None, None
+        with contextlib.suppress(RuntimeError):  # a store that is gone is told of below
+            self._beat(quiet, _main_frames())
         while not self.ended.wait(BEAT_SECONDS):
             frames = _main_frames()
             position = (_marks, *((frame.f_code, frame.f_lasti) for frame in frames))
