@@ -39,7 +39,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
         InputError: any of it is not so.
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
-    _check_backend(config)
+    check_backend(config)
     source = open_model(config.model)
     teacher = teacher_source(config, source)
     config, layout = _chosen(config, layout, source, teacher)
@@ -86,7 +86,7 @@ _ACCELERATORS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def _check_backend(config: RunConfig) -> None:
+def check_backend(config: RunConfig) -> None:
     """Asking for an accelerator that is absent is an error, never a silent fallback."""
     import torch
 

@@ -18,15 +18,16 @@ import yaml
 from megatron_edge import checks, memory
 from megatron_edge.config import QuantConfig, RunConfig, expected, refuse_unknown, targets_able
 from megatron_edge.contracts import InputError, ParallelPlan
-from megatron_edge.jobs.training import DTYPES
+from megatron_edge.jobs.preflight import check_backend
+from megatron_edge.jobs.training import DTYPES, job_session
 from megatron_edge.log import console
 from megatron_edge.model.build import build_model, load_weights
-from megatron_edge.model.source import open_source, resolve_source
+from megatron_edge.model.source import open_model
 from megatron_edge.quantize import search as searching
 from megatron_edge.quantize.search import Option, Unit
 from megatron_edge.recipe import quant_rules
 from megatron_edge.runtime.launcher import Launch
-from megatron_edge.runtime.session import Session, open_session
+from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import step
 from megatron_edge.train.data import Batch, TrainingData, load_data
@@ -109,7 +110,8 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
         config = replace(config, train=replace(config.train, precision="fp32"))
     recipes = recipes_of(config)
     checks.check_run_dir(config)
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    check_backend(config)
+    source = open_model(config.model)
     for recipe in recipes.values():
         alone = replace(recipe, calibration="max")  # not each format has what the asked one acts on
         one = replace(config, quant=alone, export=replace(config.export, targets=targets_able(recipe)))
@@ -137,18 +139,11 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
 
 def search(config: RunConfig, launch: Launch) -> None:
     """Writes search.output (a recipe) and run_dir/search.json. Every rank calls it."""
-    source = open_source(resolve_source(config.model.source, config.model.revision))
+    source = open_model(config.model)
     hf_config, recipes = source.hf_config, recipes_of(config)
     units = searching.units_of(hf_config, config.quant.exclude)
     budget = budget_of(config, hf_config, units)
-    with open_session(
-        launch.plan,
-        rank=launch.rank,
-        local_rank=launch.local_rank,
-        store=launch.store,
-        timeout_seconds=config.parallel.timeout_seconds,
-        seed=config.train.seed,
-    ) as session:
+    with job_session(config, launch) as session:
         data = load_data(
             config.data,
             source.tokenizer(),

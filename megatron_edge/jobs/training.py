@@ -78,7 +78,7 @@ def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
     source = open_model(config.model)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
-    with _session(config, launch) as session:
+    with job_session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
         run.teacher = teacher_source(config, source)
         model = _build(run, run.source)
@@ -105,7 +105,7 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
     source = open_model(config.model)
     check_model_dims(config, source.hf_config)
     plan = policy.make_plan(config.quant, config.kv, source.hf_config)
-    with _session(config, launch) as session:
+    with job_session(config, launch) as session:
         run = _prepare_run(config, session, source, plan)
         found = checkpoints.find_newest(run.checkpoint_dir, session)
         if found is None:
@@ -143,7 +143,8 @@ def _window_losses(model: nn.Module, windows: evaluation.Windows, session: Sessi
     return torch.cat(ordered)[: len(windows)]
 
 
-def _session(config: RunConfig, launch: Launch) -> AbstractContextManager[Session]:
+def job_session(config: RunConfig, launch: Launch) -> AbstractContextManager[Session]:
+    """The process groups of a job, as its configuration and its launch have them. All ranks call it."""
     return open_session(
         launch.plan,
         rank=launch.rank,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_megatron import hf_config_of, megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import hf_config_of, megatron_twin, random_batches, random_llama
 from torch import nn
 
 from megatron_edge import checkpoint, memory
@@ -20,12 +19,6 @@ from megatron_edge.quantize import adapters, apply, policy
 from megatron_edge.train import step
 
 RANK, ALPHA = 4, 12.0
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 def quantised(session: Any, quant: str, dtype: torch.dtype = torch.float32) -> tuple[nn.ModuleList, Any, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import megatron_twin, random_batches
 from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
@@ -49,17 +48,6 @@ class Folded:
     logits_before: Tensor
     logits_after: Tensor
     choices: dict[str, awq.AwqChoice]
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return random_llama()
 
 
 def fold(llama: Any, session: Any, sums: contextlib.AbstractContextManager[Any]) -> Folded:

@@ -15,14 +15,14 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_megatron import megatron_twin, one_process, random_batches, random_experts, random_llama
+from tiny_megatron import megatron_twin, random_batches, random_experts, random_llama
 
 from megatron_edge import checkpoint
 from megatron_edge.compose import compose
@@ -49,12 +49,6 @@ WITH_EXPERTS = ("transformer.moe.router", "transformer.moe.token_dispatcher")
 IN_TWO_PROCESSES = ("tensor_parallel.layers", "tensor_parallel.mappings", "pipeline_parallel.p2p_communication")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 @pytest.fixture

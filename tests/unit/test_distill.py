@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from plain_distillation import plain_loss
-from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import megatron_twin, random_batches, random_llama
 
 from megatron_edge import memory
 from megatron_edge.checks import check_config
@@ -22,12 +21,6 @@ from megatron_edge.train import distill, step
 from megatron_edge.train.distill import Distillation, distillation_loss
 
 VOCAB, WIDTH = 96, 64
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

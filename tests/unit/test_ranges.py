@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import megatron_twin, random_batches
 from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
@@ -23,17 +22,6 @@ def plan_of(weight: str, activation: str, kv: str, **changes: Any) -> QuantPlan:
     group = {"int4": GROUP, "nvfp4": 16}.get(weight, 0)
     rules = (QuantRule("*.linear_*", weight, activation, group),)
     return QuantPlan(weight, activation, kv, group, "max", rules, **changes)
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return random_llama()
 
 
 def calibrated(llama: Any, session: Any, plan: QuantPlan) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import SMOLLM2
 from test_recipe import MIXTRAL, formats_of
-from tiny_megatron import hf_config_of, megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import hf_config_of, megatron_twin, random_batches, random_llama
 
 from megatron_edge import compose, memory
 from megatron_edge.artifact import formats
@@ -103,12 +102,6 @@ def test_a_kind_that_is_alike_is_one_override_and_the_file_is_an_ordinary_recipe
     read = compose.compose([f"quant.recipe={tmp_path / 'mixed.yaml'}"])
     assert formats_of(read) == formats_of(read.__class__(**{**vars(read), "quant": recipe}))
     assert "KL alone: int4 5.0e-01, fp8 2.5e-01" in (tmp_path / "mixed.yaml").read_text()
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize(("name", "group"), [("int4", 32), ("fp8", 0), ("nvfp4", 16)])

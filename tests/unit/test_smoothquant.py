@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
-from tiny_megatron import megatron_twin, one_process, random_batches, random_experts, random_llama
+from tiny_megatron import megatron_twin, random_batches, random_experts
 from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
@@ -29,17 +27,6 @@ READ_BY = {
     "mlp.linear_fc1": ("mlp.gate_proj", ("mlp.gate_proj", "mlp.up_proj")),
     "mlp.linear_fc2": ("mlp.down_proj", ("mlp.down_proj",)),
 }
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return random_llama()
 
 
 def smoothed(model: nn.Module, session: Any, plan: QuantPlan = PLAN) -> tuple[Tensor, Tensor]:

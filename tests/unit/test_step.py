@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_megatron import megatron_twin, one_process, random_batches, random_experts, random_llama
+from tiny_megatron import megatron_twin, random_batches, random_experts, random_llama
 
 from megatron_edge.compose import compose
 from megatron_edge.contracts import Diverged
 from megatron_edge.train import loop, step
 
 TRAIN = compose(["train.learning_rate=0.01", "train.steps=8", "train.max_skipped_steps=2"]).train
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("experts", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_config import SMOLLM2
 from tiny_artifact import make_tiny
-from tiny_megatron import hf_config_of, megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import hf_config_of, megatron_twin, random_batches, random_llama
 from torch import Tensor, nn
 
 from megatron_edge import memory
@@ -33,12 +32,6 @@ from megatron_edge.verify.quality import Windows, load_model
 EMBEDDING = "model.embed_tokens"
 FORMATS = ("int8", "fp8", "int4")
 TRAIN = compose(["train.learning_rate=0.01", "train.steps=2"]).train
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 def quantised(llama: Any, session: Any, *arguments: str) -> tuple[nn.ModuleList, QuantPlan]:

@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,10 @@ import pytest
 import torch
 from megatron_checkpoint import model_of, save_as_megatron_lm
 from safetensors.torch import load_file
-from tiny_megatron import one_process
 
 from megatron_edge.contracts import InputError
 from megatron_edge.model.source import open_source
 from tools.random_models import RANDOM_MODELS, make_random_model
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 def small(name: str) -> dict[str, Any]:
