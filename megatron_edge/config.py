@@ -150,6 +150,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = leaf(
         "dtype of weights and activations (the optimizer keeps fp32); auto is bf16 where the hardware multiplies it"
     )
+    cuda_graph: bool | None = leaf("a step's forward and backward as one CUDA graph; null is wherever that is possible")
     learning_rate: float = leaf("peak, after the warm-up", low=0.0)
     min_learning_rate: float = leaf("end of the cosine; null is a tenth of the peak", low=0.0, derived=True)
     warmup_steps: int = leaf("linear warm-up; null is a tenth of the steps", low=0, derived=True)

@@ -18,6 +18,7 @@ from megatron_edge import checks, memory
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.families import dims_of
 from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
 from megatron_edge.model.source import ModelSource, open_model
@@ -101,8 +102,34 @@ def check_backend(config: RunConfig) -> None:
         )
 
 
+def records_steps(config: RunConfig, hf_config: dict) -> bool:
+    """Whether forward and backward become a CUDA graph (train/graph.py): as train.cuda_graph says, or where it can be.
+
+    Raises:
+        InputError: train.cuda_graph=true where it cannot be.
+    """
+    import torch
+
+    parallel, wanted = config.parallel, config.train.cuda_graph
+    obstacles = [
+        f"parallel.{name}={getattr(parallel, name)} exchanges inside of the step (1 is allowed)"
+        for name in ("tensor", "pipeline", "context")
+        if getattr(parallel, name) > 1
+    ]
+    if not torch.cuda.is_available():
+        obstacles.append("there is no CUDA device")
+    if dims_of(hf_config).num_experts:
+        obstacles.append("the inputs of experts change their shapes")
+    if parallel.recompute != "none":
+        obstacles.append(f"parallel.recompute={parallel.recompute} keeps random states on the host (none is allowed)")
+    if wanted and obstacles:
+        raise InputError(f"train.cuda_graph=true: {'; '.join(obstacles)}; allowed here: null, false")
+    return wanted is not False and not obstacles
+
+
 def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:
     checks.check_model_dims(config, source.hf_config)
+    records_steps(config, source.hf_config)
     source.tokenizer()
     if teacher is not None:
         check_teacher(config, source, teacher, layout)

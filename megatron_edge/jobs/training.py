@@ -22,6 +22,7 @@ from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs import evaluation
 from megatron_edge.jobs.delivery import finish
+from megatron_edge.jobs.preflight import records_steps
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
@@ -29,7 +30,7 @@ from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
-from megatron_edge.train import reference, step
+from megatron_edge.train import graph, reference, step
 from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
 from megatron_edge.train.distill import Distillation
 from megatron_edge.train.loop import fit
@@ -296,8 +297,9 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
         rank, alpha = config.train.lora_rank, config.train.lora_alpha
         count = adapters.attach(model, session, rank=rank, alpha=alpha, seed=config.train.seed)
         log.info("adapters of rank %d on %d linear layers of rank 0; everything else is frozen", rank, count)
+    stream = torch.cuda.Stream() if records_steps(config, run.source.hf_config) else None
     wrapped, optimizer = step.make_trainable(
-        model, config.train, run.dtype, distributed_optimizer=config.parallel.distributed_optimizer
+        model, config.train, run.dtype, distributed_optimizer=config.parallel.distributed_optimizer, stream=stream
     )
     if found.step > 0:
         checkpoints.load_checkpoint(found, wrapped, optimizer, run.plan, session)
@@ -322,6 +324,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
             save=lambda at: _save(run, at, wrapped, optimizer),
             report=report,
             objective=objective,
+            gradients=graph.StepGraph(stream) if stream is not None else step.forward_backward,
         )
     adapters.detach(wrapped)
     return wrapped

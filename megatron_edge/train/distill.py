@@ -14,6 +14,7 @@ which is vocabulary / hidden size smaller than its logits. Those are made from i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Distillation:
             last.post_process = False  # the chunk gives h, after the final norm
 
     @torch.no_grad()
-    def targets(self, batches: list[Batch]) -> list[Any]:
+    def targets(self, batches: Sequence[Batch | DeviceBatch]) -> list[Any]:
         """The teacher's h [s, b, h] for each micro-batch (s is a rank's part under sequence and context parallelism) on
         the last stage's ranks, None elsewhere. All ranks call it."""
 

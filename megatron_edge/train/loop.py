@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_edge.contracts import Diverged, StoppedBySignal
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import BatchPlan
-from megatron_edge.train.step import LABELS, Objective, StepResult, learning_rate_schedule, train_step
+from megatron_edge.train.step import LABELS, Objective, StepResult, forward_backward, learning_rate_schedule, train_step
 
 log = logging.getLogger("megatron_edge")
 
@@ -55,8 +55,10 @@ def fit(
     save: Callable[[int], None],
     report: Callable[[dict[str, float]], None],
     objective: Objective = LABELS,
+    gradients: Callable[..., list[dict[str, Tensor]]] = forward_backward,
 ) -> None:
-    """Trains from `start_step` to `train.steps`, towards `objective`. All ranks call it.
+    """Trains from `start_step` to `train.steps`, towards `objective`, whose gradients come from `gradients`. All ranks
+    call it.
 
     `save(step)` writes a checkpoint of the state after `step` steps; `report` gets each step's metrics once.
 
@@ -72,9 +74,8 @@ def fit(
             mark(f"step {step + 1}")
             began = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
-            result = train_step(
-                model, optimizer, batches.micro_batches(step, session.dp_rank, session.plan.dp), session, objective
-            )
+            mine = batches.micro_batches(step, session.dp_rank, session.plan.dp)
+            result = train_step(model, optimizer, mine, session, objective, gradients)
             schedule.step(1)
             skipped = 0 if result.applied else skipped + 1
             report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))

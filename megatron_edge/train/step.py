@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -47,7 +47,9 @@ class DeviceBatch:
     target: Tensor | None = None
 
 
-def to_device(batch: Batch, session: Session) -> DeviceBatch:
+def to_device(batch: Batch | DeviceBatch, session: Session) -> DeviceBatch:
+    if isinstance(batch, DeviceBatch):
+        return batch
     mark()
     mask, plan, length = attention_mask(batch.documents.to(session.device)), session.plan, batch.tokens.shape[1]
     if plan.cp > 1:
@@ -65,11 +67,17 @@ def to_device(batch: Batch, session: Session) -> DeviceBatch:
 
 
 def make_trainable(
-    model: nn.Module, train: Any, dtype: torch.dtype, *, distributed_optimizer: bool = False
+    model: nn.Module,
+    train: Any,
+    dtype: torch.dtype,
+    *,
+    distributed_optimizer: bool = False,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[nn.ModuleList, Any]:
     """Wraps the shard's chunks for data parallelism and builds their Adam optimizer (fp32 main weights under bf16).
 
-    `distributed_optimizer` splits its state between the data-parallel ranks.
+    `distributed_optimizer` splits its state between the data-parallel ranks; `stream` is that of forward and backward,
+    where it is not the current one.
 
     Returns:
         (chunks in Megatron's DistributedDataParallel, Megatron optimizer). All ranks call it.
@@ -85,10 +93,13 @@ def make_trainable(
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer
     )
-    wrapped = nn.ModuleList(
-        DistributedDataParallel(chunk.config, settings, chunk.train(), disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    )
+    with torch.cuda.stream(stream):
+        wrapped = nn.ModuleList(
+            DistributedDataParallel(chunk.config, settings, chunk.train(), disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        )
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -144,7 +155,7 @@ class Objective(Protocol):
     @property
     def parts(self) -> tuple[str, ...]: ...
 
-    def targets(self, batches: list[Batch]) -> list[Any]:
+    def targets(self, batches: Sequence[Batch | DeviceBatch]) -> list[Any]:
         """What `forward_step` finds as each micro-batch's target. All ranks call it, before the step."""
 
     def forward_step(self, iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -156,7 +167,7 @@ class LabelLoss:
 
     parts: tuple[str, ...] = ()
 
-    def targets(self, batches: list[Batch]) -> list[Any]:
+    def targets(self, batches: Sequence[Batch | DeviceBatch]) -> list[Any]:
         return [None] * len(batches)
 
     def forward_step(self, iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -168,7 +179,7 @@ class LabelLoss:
 LABELS = LabelLoss()
 
 
-def _iterators(batches: list[Batch], session: Session, targets: list[Any] | None = None) -> list[Any]:
+def _iterators(batches: Sequence[Batch | DeviceBatch], session: Session, targets: list[Any] | None = None) -> list[Any]:
     """One iterator over the micro-batches for each chunk of the shard."""
     pairs = list(zip(batches, targets or [None] * len(batches), strict=True))
     return [
@@ -176,19 +187,17 @@ def _iterators(batches: list[Batch], session: Session, targets: list[Any] | None
     ]
 
 
-def train_step(
-    model: nn.ModuleList, optimizer: Any, batches: list[Batch], session: Session, objective: Objective = LABELS
-) -> StepResult:
-    """Forward, backward, reduce, clip and update over this rank's micro-batches. All ranks call it."""
+def forward_backward(
+    model: nn.ModuleList, batches: Sequence[Batch | DeviceBatch], session: Session, objective: Objective
+) -> list[dict[str, Tensor]]:
+    """Gradients of a step's micro-batches, added up in the chunks' buffers, reduced over replicas and divided by
+    tokens. What the objective reports of each on the last stage's ranks, nothing elsewhere. All ranks call it."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     targets = objective.targets(batches)
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
     micro_batch, seq_length = batches[0].tokens.shape
     with constant_weights(model):
-        found = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=objective.forward_step,
             data_iterator=_iterators(batches, session, targets),
             model=list(model),
@@ -197,6 +206,21 @@ def train_step(
             micro_batch_size=micro_batch,
             forward_only=False,
         )
+
+
+def train_step(
+    model: nn.ModuleList,
+    optimizer: Any,
+    batches: list[Batch],
+    session: Session,
+    objective: Objective = LABELS,
+    gradients: Callable[..., list[dict[str, Tensor]]] = forward_backward,
+) -> StepResult:
+    """Forward, backward, reduce, clip and update over this rank's micro-batches. All ranks call it."""
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    found = gradients(model, batches, session, objective)
     total, tokens, *others = _reduce(found, session, objective.parts)
     norm, applied = _update(optimizer, math.isfinite(total), session)
     adapters.merge(model)
@@ -270,8 +294,9 @@ def mean_of_logits(
     return total / max(tokens, 1)
 
 
-def _uncounted(batch: Batch) -> Batch:
-    return batch._replace(loss_mask=torch.zeros_like(batch.loss_mask))
+def _uncounted(batch: Any) -> Any:
+    nothing = torch.zeros_like(batch.loss_mask)
+    return batch._replace(loss_mask=nothing) if isinstance(batch, Batch) else replace(batch, loss_mask=nothing)
 
 
 @torch.no_grad()
@@ -302,7 +327,12 @@ def token_logits(model: nn.Module, batches: list[Batch], session: Session) -> Te
 
 
 def forward_only(
-    model: nn.Module, batches: list[Batch], session: Session, keep: Any, with_labels: bool = True, shown_as: str = ""
+    model: nn.Module,
+    batches: Sequence[Batch | DeviceBatch],
+    session: Session,
+    keep: Any,
+    with_labels: bool = True,
+    shown_as: str = "",
 ) -> list[dict[str, Tensor]]:
     """`keep(output, batch)` of each batch on the last stage's ranks, nothing elsewhere. All ranks call it; `shown_as`
     gives rank 0 a progress bar of that name."""
@@ -317,9 +347,9 @@ def forward_only(
 
     chunks, was_training = chunks_of(model), model.training
     micro_batch, seq_length = batches[0].tokens.shape
-    filled = batches
+    filled = list(batches)
     if session.plan.vpp > 1:  # interleaved schedules want whole rounds of the pipeline
-        filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.pp)
+        filled += [_uncounted(batches[0])] * (-len(batches) % session.plan.pp)
     total = len(filled) * len(chunks)
     progress = track(range(total), shown_as, total, session.rank if shown_as else -1)
     model.eval()

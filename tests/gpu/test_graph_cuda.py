@@ -1,0 +1,90 @@
+"""A recorded step beside the same step launched kernel by kernel: losses, gradient norms, weights of several steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "unit")]
+
+from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E402
+
+STEPS = 7
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Any]:
+    from megatron_edge.contracts import ParallelPlan
+    from megatron_edge.runtime.session import open_session
+
+    with open_session(ParallelPlan(), rank=0, local_rank=0, store=None, timeout_seconds=300, seed=1) as opened:
+        yield opened
+
+
+def build(llama: Any, session: Any) -> Any:
+    from megatron_edge.model.build import build_model, load_weights
+
+    tensors, config = llama.state_dict(), hf_config_of(llama)
+    model = build_model(config, session.plan, torch.bfloat16, session.device)
+
+    def read(name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
+        part = tensors[name][rows if rows else slice(None)]
+        return part if cols is None else part[:, cols]
+
+    load_weights(model, read, config, session)
+    return model
+
+
+def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool) -> dict[str, Any]:
+    from megatron_edge.compose import compose
+    from megatron_edge.model.build import named_shards
+    from megatron_edge.quantize import apply, policy
+    from megatron_edge.train import step
+    from megatron_edge.train.distill import Distillation
+    from megatron_edge.train.graph import StepGraph
+
+    model = build(llama, session)
+    composed = compose([f"quant={quant}", f"kv={kv}", f"train={mode}", "train.distill_hidden_weight=0.5",
+                        "quant.algorithm=max", "train.learning_rate=1e-4"])  # fmt: skip
+    plan = policy.make_plan(composed.quant, composed.kv, hf_config_of(llama))
+    batches = random_batches()
+    matches = apply.insert_quantizers(model, plan)
+    apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, batches, session))
+    stream = torch.cuda.Stream() if recorded else None
+    wrapped, optimizer = step.make_trainable(model, composed.train, torch.bfloat16, stream=stream)
+    objective = Distillation(build(llama, session), composed.train, session) if mode == "qad" else step.LABELS
+    gradients = StepGraph(stream) if stream is not None else step.forward_backward
+    found = []
+    for at in range(STEPS):  # other samples at each step
+        mine = [batch._replace(tokens=batch.tokens.roll(at, 1), labels=batch.labels.roll(at, 1)) for batch in batches]
+        found.append(step.train_step(wrapped, optimizer, mine, session, objective, gradients))
+    weights = {name: param.detach().float() for name, param in named_shards(wrapped).items()}
+    return {"losses": [r.loss for r in found], "norms": [r.gradient_norm for r in found], "weights": weights}
+
+
+@pytest.mark.parametrize("mode", ["qat", "qad"])
+@pytest.mark.parametrize(("quant", "kv"), [("none", "none"), ("int4", "fp8"), ("nvfp4", "nvfp4"), ("fp8", "int8")])
+def test_a_recorded_step_is_the_step(session: Any, quant: str, kv: str, mode: str) -> None:
+    if quant == "none" and mode == "qad":
+        pytest.skip("nothing to distil into")
+    llama = random_llama(hidden_size=128, intermediate_size=256)
+    eager, again, recorded = (run(llama, session, quant, kv, mode, graph) for graph in (False, False, True))
+
+    def apart(other: dict[str, Any], what: str) -> float:
+        return max(abs(a - b) for a, b in zip(eager[what], other[what], strict=True))
+
+    def weights_apart(other: dict[str, Any]) -> float:
+        return max(float((w - other["weights"][name]).abs().max()) for name, w in eager["weights"].items())
+
+    for what in ("losses", "norms"):
+        print(f"{quant} {kv} {mode}: {what} {apart(recorded, what):.1e}, eager twice {apart(again, what):.1e}")
+        assert apart(recorded, what) <= 1e-6 + 3 * apart(again, what)
+    print(f"weights {weights_apart(recorded):.1e}, eager twice {weights_apart(again):.1e}; losses {eager['losses']}")
+    assert weights_apart(recorded) <= 1e-6 + 3 * weights_apart(again)
+    assert len(set(recorded["losses"])) == STEPS, "replayed on new samples"
