@@ -39,6 +39,7 @@ NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
+    "train.cuda_graph",
 )  # fmt: skip
 
 

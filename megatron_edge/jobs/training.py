@@ -297,7 +297,10 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
         rank, alpha = config.train.lora_rank, config.train.lora_alpha
         count = adapters.attach(model, session, rank=rank, alpha=alpha, seed=config.train.seed)
         log.info("adapters of rank %d on %d linear layers of rank 0; everything else is frozen", rank, count)
-    stream = torch.cuda.Stream() if records_steps(config, run.source.hf_config) else None
+    stream = None
+    if records_steps(config, run.source.hf_config):
+        stream = torch.cuda.Stream()
+        log.info("steps run as one CUDA graph from step %d on", found.step + graph.EAGER_STEPS + 1)
     wrapped, optimizer = step.make_trainable(
         model, config.train, run.dtype, distributed_optimizer=config.parallel.distributed_optimizer, stream=stream
     )

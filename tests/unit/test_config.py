@@ -316,3 +316,16 @@ def test_layouts_that_the_model_allows_pass() -> None:
     for layout in (("parallel.tensor=3",), ("parallel.pipeline=2",), ("parallel.tensor=3", "parallel.pipeline=5")):
         for quant in compose.options("quant"):
             checks.check_model_dims(compose.compose([*layout, f"quant={quant}"]), SMOLLM2)
+
+
+def test_a_cuda_graph_is_refused_where_a_step_cannot_be_recorded() -> None:
+    from tiny_megatron import hf_config_of, random_llama
+
+    from megatron_edge.jobs.preflight import records_steps
+
+    model = hf_config_of(random_llama())
+    for setting in ("parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "parallel.recompute=full"):
+        with pytest.raises(InputError, match=rf"train.cuda_graph=true: .*{setting}.*; allowed here: null, false"):
+            records_steps(compose.compose(["train.cuda_graph=true", setting]), model)
+        assert not records_steps(compose.compose([setting]), model)
+    assert not records_steps(compose.compose(["train.cuda_graph=false"]), model)
