@@ -21,7 +21,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
 from megatron_edge.model.build import chunks_of, named_modules, named_shards
 from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
-from megatron_edge.quantize import maxima, ranges
+from megatron_edge.quantize import kernels, maxima, ranges
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.recipe import rule_matches
 from megatron_edge.runtime import compat
@@ -70,13 +70,7 @@ def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
     if kept is not None:
         return _StraightThrough.apply(x, kept)
     with torch.no_grad():
-        amax = getattr(quantizer, "_amax", None)
-        if args["role"] == "kv":
-            value = formats.fake_quantize_kv(args["format"], x, amax)
-        elif args["role"] == "input":
-            value = formats.fake_quantize_input(args["format"], x, amax)
-        else:
-            value = formats.fake_quantize(args["format"], x, amax, args["group_size"])
+        value = kernels.fake_quantize(args, x, getattr(quantizer, "_amax", None))
     if getattr(quantizer, "_keep", False):
         quantizer._kept = value
     return _StraightThrough.apply(x, value)
