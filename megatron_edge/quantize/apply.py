@@ -21,7 +21,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
 from megatron_edge.model.build import chunks_of, named_modules, named_shards
 from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
-from megatron_edge.quantize import kernels, maxima, ranges
+from megatron_edge.quantize import direct, kernels, maxima, ranges
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.recipe import rule_matches
 from megatron_edge.runtime import compat
@@ -62,18 +62,22 @@ class _StraightThrough(torch.autograd.Function):
 def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
     """Entry of modelopt's backend registry. int4 weights come as [groups, group_size], everything else as is.
     `_route` is an adapter's (adapters.py)."""
-    args = quantizer.backend_extra_args
     route = getattr(quantizer, "_route", None)
     if route is not None:
         x = route(x)
-    kept = getattr(quantizer, "_kept", None)
+    return _StraightThrough.apply(x, _quantised(x, quantizer))
+
+
+def _quantised(x: Tensor, quantizer: Any) -> Tensor:
+    """What an enabled quantizer of ours makes of x, without gradient; kept, where weights are constant."""
+    state = quantizer.__dict__
+    kept = state.get("_kept")
     if kept is not None:
-        return _StraightThrough.apply(x, kept)
-    with torch.no_grad():
-        value = kernels.fake_quantize(args, x, getattr(quantizer, "_amax", None))
-    if getattr(quantizer, "_keep", False):
+        return kept.view(x.shape)  # a tied table comes in groups to one of its layers, and whole to the other
+    value = kernels.fake_quantize(state["backend_extra_args"], x, quantizer._buffers.get("_amax"))
+    if state.get("_keep"):
         quantizer._kept = value
-    return _StraightThrough.apply(x, value)
+    return value
 
 
 @contextlib.contextmanager
@@ -122,6 +126,7 @@ def _register() -> None:
 
     QuantModuleRegistry.register({PackedAttention: "edge_PackedAttention"})(QuantPackedAttention)
     QuantModuleRegistry.register({vocab_embedding_class(): "edge_VocabParallelEmbedding"})(QuantVocabParallelEmbedding)
+    direct.register(BACKEND, _quantised)
 
 
 def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
