@@ -10,7 +10,8 @@ gradients are the same bits. Called by apply.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -75,5 +76,27 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
 
     for layer in linear_classes():
         base = QuantModuleRegistry[layer].__mro__[1]  # what is registered; the first of them is made of it and `layer`
-        QuantModuleRegistry.unregister(layer)
-        QuantModuleRegistry.register({layer: f"edge_{layer.__name__}"})(direct_class(base))
+        _classes[layer] = (direct_class(base), base)
+        _put(layer, _classes[layer][0])
+
+
+_classes: dict[type, tuple[Any, Any]] = {}  # Megatron's layer -> our class, modelopt's
+
+
+def _put(layer: type, made: Any) -> None:
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    QuantModuleRegistry.unregister(layer)
+    QuantModuleRegistry.register({layer: f"megatron_{layer.__name__}"})(made)
+
+
+@contextlib.contextmanager
+def modelopts_own() -> Iterator[None]:
+    """Inside, modelopt makes its own classes of Megatron's linear layers; models that there are stay as they are."""
+    for layer, (_, base) in _classes.items():
+        _put(layer, base)
+    try:
+        yield
+    finally:
+        for layer, (ours, _) in _classes.items():
+            _put(layer, ours)
