@@ -115,7 +115,9 @@ def _register() -> None:
             self.parallel_state = ParallelState(data_group(), tensor_group())
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return super().forward(query, self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs)
+            key = direct.through(key, self._modules["k_bmm_quantizer"], BACKEND, _fake_quantize)
+            value = direct.through(value, self._modules["v_bmm_quantizer"], BACKEND, _fake_quantize)
+            return super().forward(query, key, value, *args, **kwargs)
 
     class QuantVocabParallelEmbedding(QuantEmbedding):
         """This rank's rows of the table, quantised where they are looked up."""

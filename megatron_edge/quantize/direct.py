@@ -25,20 +25,28 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+def is_direct(quantizer: Any, backend: str) -> bool:
+    """Whether modelopt's forward would do nothing (disabled), or nothing but call `backend`."""
+    state = quantizer.__dict__
+    if state["_forward_pre_hooks"] or state["_forward_hooks"]:
+        return False
+    if state["_disabled"]:
+        return True
+    return state["backend"] == backend and state["_if_quant"] and not state["_if_calib"]
+
+
+def through(x: Tensor, quantizer: Any, backend: str, entry: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """quantizer(x), where `entry` is what `backend` stands for."""
+    if not is_direct(quantizer, backend):
+        return quantizer(x)
+    return x if quantizer.__dict__["_disabled"] or not x.numel() else entry(x, quantizer)
+
+
 def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
     """Has modelopt make our classes of Megatron's linear layers from now on. `quantised(x, quantizer)` is what an
     enabled quantizer of `backend` makes of x, without gradient."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
     from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
-
-    def is_direct(quantizer: Any) -> bool:
-        state = quantizer.__dict__
-        if state["_forward_pre_hooks"] or state["_forward_hooks"]:
-            return False
-        if state["_disabled"]:
-            return True
-        ours = state["backend"] == backend and state.get("_route") is None
-        return ours and state["_if_quant"] and not state["_if_calib"]
 
     def value(x: Tensor, quantizer: Any) -> Tensor:
         return x if quantizer.__dict__["_disabled"] or not x.numel() else quantised(x, quantizer)
@@ -52,9 +60,10 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
                     weight is not None
                     and weight.requires_grad
                     and modules["output_quantizer"].__dict__["_disabled"]
-                    and is_direct(modules["output_quantizer"])
-                    and is_direct(modules["weight_quantizer"])
-                    and is_direct(modules["input_quantizer"])
+                    and modules["weight_quantizer"].__dict__.get("_route") is None
+                    and is_direct(modules["output_quantizer"], backend)
+                    and is_direct(modules["weight_quantizer"], backend)
+                    and is_direct(modules["input_quantizer"], backend)
                 )
 
             def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Run by pytest (marked gpu), or as a program that prints what it compared and a table of speeds:
 
-    python tests/gpu/test_kernels_cuda.py
+    python tests/gpu/test_kernels_cuda.py [--quick]      --quick: fp32 and bf16 alone
     TRITON_INTERPRET=1 python tests/gpu/test_kernels_cuda.py      on a CPU, in Triton's interpreter: bits only
 
 The interpreter (3.6) cuts fp32 to bf16 where hardware rounds to nearest: there, results in bf16 are left out.
@@ -207,7 +207,7 @@ def main() -> int:
         return 0
     began, surprises = time.perf_counter(), []
     for quantizer in QUANTIZERS:
-        for dtypes in DTYPES:
+        for dtypes in DTYPES[:3] if "--quick" in sys.argv else DTYPES:
             elements, wrong = compare(quantizer, dtypes)
             surprises += wrong
             name = named((*quantizer[:3], *dtypes))

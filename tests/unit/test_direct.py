@@ -16,7 +16,7 @@ from megatron_edge.train import step
 
 RECIPES = {
     "int4": ["quant.weight=int4", "quant.group_size=32"],
-    "fp8": ["quant.weight=fp8", "quant.activation=fp8", "quant.embedding=fp8"],
+    "fp8": ["quant.weight=fp8", "quant.activation=fp8", "quant.embedding=fp8", "kv=fp8"],
     "int8": ["quant.weight=int8", "quant.activation=int8", "quant.embedding=int4"],
     "nvfp4": ["quant.weight=nvfp4", "quant.activation=nvfp4", "quant.group_size=16"],
 }
@@ -56,8 +56,10 @@ def nodes(node: Any) -> set[str]:
     return {node.name() for node in seen}
 
 
-def output_quantizers(model: nn.Module) -> list[nn.Module]:
-    return [module for name, module in model.named_modules() if name.endswith("output_quantizer")]
+def watched(model: nn.Module) -> list[nn.Module]:
+    """One quantizer of each layer, and those of keys and values."""
+    ends = ("output_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
+    return [module for name, module in model.named_modules() if name.endswith(ends)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -66,7 +68,7 @@ def test_same_bits_as_modelopts_way(llama: Any, session: Any, recipe: str, dtype
     model = quantised(llama, session, RECIPES[recipe], dtype)
     losses, gradients, kinds = loss_and_gradients(model, session)
     assert "LinearOfValuesBackward" in kinds
-    for quantizer in output_quantizers(model):  # a hook must be called: modelopt's forward does so
+    for quantizer in watched(model):  # a hook must be called: modelopt's forward does so
         quantizer.register_forward_hook(lambda *_: None)
     expected, theirs, others = loss_and_gradients(model, session)
     assert "LinearOfValuesBackward" not in others and "_StraightThroughBackward" in others
