@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_edge.compose import compose
 from megatron_edge.model.build import chunks_of, forward
-from megatron_edge.quantize import apply, policy
+from megatron_edge.quantize import apply, plain_modelopt, policy
 from megatron_edge.train import step
 
 RECIPES = {
@@ -89,3 +89,16 @@ def test_disabled_quantizers_and_frozen_weights(llama: Any, session: Any) -> Non
     frozen.weight.requires_grad_(False)
     again, gradients, _ = loss_and_gradients(model, session)
     assert again.equal(on) and not any("layers.0.mlp.linear_fc1" in name for name in gradients)
+
+
+def test_modelopts_own_layers_beside_ours(llama: Any, session: Any) -> None:
+    before, theirs = quantised(llama, session, RECIPES["fp8"], torch.float32), megatron_twin(llama, session)
+    plain_modelopt.quantize(theirs, "fp8", lambda _: step.run_forward(theirs, random_batches(), session))
+    after = quantised(llama, session, RECIPES["fp8"], torch.float32)
+    enabled = apply.enabled_quantizers(theirs)
+    parts = {name.rsplit(".", 2)[-2] for name in enabled}
+    assert parts == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"} and len(enabled) == 2 * 4 * 2
+    assert all(quantizer.backend is None for quantizer in enabled.values())
+    for model, is_ours in ((before, True), (theirs, False), (after, True)):
+        losses, _, kinds = loss_and_gradients(model, session)
+        assert losses.isfinite().all() and ("LinearOfValuesBackward" in kinds) == is_ours
