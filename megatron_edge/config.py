@@ -37,7 +37,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
+    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
     "train.cuda_graph",
 )  # fmt: skip
@@ -196,6 +196,18 @@ class SearchConfig:
     output: str | None = leaf("the recipe file; null is recipe.yaml in run_dir")
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    size: Literal["llama_1b", "tiny"] = leaf("the model that is timed, with random weights")
+    formats: list[str] = leaf("presets of quant=")
+    against: list[Literal["ours", "modelopt"]] = leaf("what is timed beside the plain model: ours, ModelOpt's own")
+    shapes: list[str] = leaf("micro-batches as windows x tokens, such as 4x2048")
+    accumulate: list[int] = leaf("micro-batches of an optimiser step")
+    steps: int = leaf("timed optimiser steps in each repeat", low=1)
+    repeats: int = leaf("rounds in which the contenders take turns", low=1)
+    output: str | None = leaf("the JSON file; null is bench_qat_step.json in run_dir")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     scenario: str = leaf("name of the overlay, empty without one")
@@ -203,6 +215,7 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = leaf("continue from run_dir's newest checkpoint")
     threads: int = leaf("CPU threads per process; 0 shares the physical cores between this host's processes", low=0)
     artifact: str | None = leaf("verify and evaluate: an artifact's directory")
+    job: Literal["qat_step"] = leaf("what launch/bench.py times")
     reference: str | None = leaf("verify: the run directory whose trained model the artifact is compared with")
     model: ModelConfig
     parallel: ParallelConfig
@@ -214,6 +227,7 @@ class RunConfig:
     eval: EvalConfig
     device: DeviceProfile
     search: SearchConfig
+    bench: BenchConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)

@@ -1,6 +1,7 @@
 """Which maxima and scales each format has, how they are snapped, and the bytes that a tensor takes in it.
 
-`formats` is the public face of all of this; its head defines the arithmetic. Only `formats` imports this file.
+`formats` is the public face of all of this; its head defines the arithmetic. Only `formats` imports this file, and
+quantize's kernels for CUDA.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SMALLEST_GROUP = 32
 # none for nvfp4, where this one keeps scale * g a normal number.
 ZERO_AMAX = {"fp8": 2.0**-24, "int4": 2.0**-24, "int8": 2.0**-24, "nvfp4": 2.0**-64}
 # What is stored for a zero amax: positive, a power of two, and small enough to read back as a zero amax.
-_ZERO_SCALE = {"fp8": 2.0**-33, "int8": 2.0**-33, "nvfp4": 2.0**-76}
+ZERO_SCALE = {"fp8": 2.0**-33, "int8": 2.0**-33, "nvfp4": 2.0**-76}
 AMAX_PER_SCALE = {"fp8": FP8_MAX, "int4": INT4_MAX, "int8": INT8_MAX, "nvfp4": E2M1_MAX * FP8_MAX}
 FP16_SMALLEST, FP16_LARGEST = 2.0**-24, 65504.0
 
@@ -159,7 +160,7 @@ def tensor_scale(fmt: str, amax: Tensor) -> Tensor:
     """
     check_format(fmt, ACTIVATION_FORMATS)
     amax = amax.detach().float()
-    return divide(amax, AMAX_PER_SCALE[fmt]).where(amax > ZERO_AMAX[fmt], _ZERO_SCALE[fmt])
+    return divide(amax, AMAX_PER_SCALE[fmt]).where(amax > ZERO_AMAX[fmt], ZERO_SCALE[fmt])
 
 
 def amax_of_scale(fmt: str, scale: Tensor) -> Tensor:

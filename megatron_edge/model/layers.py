@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,6 +111,37 @@ def vocab_embedding_class() -> type[nn.Module]:
     from megatron.core.tensor_parallel import VocabParallelEmbedding
 
     return VocabParallelEmbedding
+
+
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """Megatron's own linear layers, which tensor parallelism splits."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    return ColumnParallelLinear, RowParallelLinear
+
+
+@functools.cache
+def linear_of_values() -> Callable[..., Tensor]:
+    """Megatron's linear function (tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication) of
+    `x_value` and `weight_value`; their gradients are those of `x` and `weight`, unchanged (straight through, arXiv
+    1308.3432), without a node of their own in the graph.
+
+    Returns:
+        f(x, weight, x_value, weight_value, *settings), settings as upstream's after the weight.
+    """
+    from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
+
+    class LinearOfValues(Linear):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, x_value: Tensor, weight_value: Tensor, *settings: Any) -> Any:
+            return Linear.forward(ctx, x_value, weight_value, *settings)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            of_x, of_weight, *others = Linear.backward(ctx, *gradients)
+            return of_x, of_weight, None, None, *others
+
+    return LinearOfValues.apply
 
 
 class PackedAttention(nn.Module):

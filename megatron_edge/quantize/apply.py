@@ -21,7 +21,7 @@ from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport, QuantRule
 from megatron_edge.model.build import chunks_of, named_modules, named_shards
 from megatron_edge.model.layers import PackedAttention, vocab_embedding_class
-from megatron_edge.quantize import maxima, ranges
+from megatron_edge.quantize import direct, kernels, maxima, ranges
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.recipe import rule_matches
 from megatron_edge.runtime import compat
@@ -62,24 +62,22 @@ class _StraightThrough(torch.autograd.Function):
 def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
     """Entry of modelopt's backend registry. int4 weights come as [groups, group_size], everything else as is.
     `_route` is an adapter's (adapters.py)."""
-    args = quantizer.backend_extra_args
     route = getattr(quantizer, "_route", None)
     if route is not None:
         x = route(x)
-    kept = getattr(quantizer, "_kept", None)
+    return _StraightThrough.apply(x, _quantised(x, quantizer))
+
+
+def _quantised(x: Tensor, quantizer: Any) -> Tensor:
+    """What an enabled quantizer of ours makes of x, without gradient; kept, where weights are constant."""
+    state = quantizer.__dict__
+    kept = state.get("_kept")
     if kept is not None:
-        return _StraightThrough.apply(x, kept)
-    with torch.no_grad():
-        amax = getattr(quantizer, "_amax", None)
-        if args["role"] == "kv":
-            value = formats.fake_quantize_kv(args["format"], x, amax)
-        elif args["role"] == "input":
-            value = formats.fake_quantize_input(args["format"], x, amax)
-        else:
-            value = formats.fake_quantize(args["format"], x, amax, args["group_size"])
-    if getattr(quantizer, "_keep", False):
+        return kept.view(x.shape)  # a tied table comes in groups to one of its layers, and whole to the other
+    value = kernels.fake_quantize(state["backend_extra_args"], x, quantizer._buffers.get("_amax"))
+    if state.get("_keep"):
         quantizer._kept = value
-    return _StraightThrough.apply(x, value)
+    return value
 
 
 @contextlib.contextmanager
@@ -117,7 +115,9 @@ def _register() -> None:
             self.parallel_state = ParallelState(data_group(), tensor_group())
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return super().forward(query, self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs)
+            key = direct.through(key, self._modules["k_bmm_quantizer"], BACKEND, _fake_quantize)
+            value = direct.through(value, self._modules["v_bmm_quantizer"], BACKEND, _fake_quantize)
+            return super().forward(query, key, value, *args, **kwargs)
 
     class QuantVocabParallelEmbedding(QuantEmbedding):
         """This rank's rows of the table, quantised where they are looked up."""
@@ -128,6 +128,7 @@ def _register() -> None:
 
     QuantModuleRegistry.register({PackedAttention: "edge_PackedAttention"})(QuantPackedAttention)
     QuantModuleRegistry.register({vocab_embedding_class(): "edge_VocabParallelEmbedding"})(QuantVocabParallelEmbedding)
+    direct.register(BACKEND, _quantised)
 
 
 def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:

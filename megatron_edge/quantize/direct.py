@@ -1,0 +1,111 @@
+"""Megatron's linear layers with quantised operands, without the host time of modelopt's way to them.
+
+modelopt replaces two functions of Megatron for the time of each forward, runs a long TensorQuantizer.forward for each
+of three quantizers, two of them often disabled, and puts a node into the autograd graph for each operand: a quarter of
+a millisecond for a layer, in which a small model's kernels are done. Here, while a layer's quantizers do nothing but
+quantise with our numerics, they are asked at once and the straight-through gradient is the linear function's own. In
+every other state (calibration, hooks, an adapter, a frozen weight) the layer goes modelopt's way; the values and
+gradients are the same bits. Called by apply.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megatron_edge.model.layers import linear_classes, linear_of_values
+
+# As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
+_SETTINGS = (
+    "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer",
+    "wgrad_deferral_limit", "tp_group",
+)  # fmt: skip
+
+
+def is_direct(quantizer: Any, backend: str) -> bool:
+    """Whether modelopt's forward would do nothing (disabled), or nothing but call `backend`."""
+    state = quantizer.__dict__
+    if state["_forward_pre_hooks"] or state["_forward_hooks"]:
+        return False
+    if state["_disabled"]:
+        return True
+    return state["backend"] == backend and state["_if_quant"] and not state["_if_calib"]
+
+
+def through(x: Tensor, quantizer: Any, backend: str, entry: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """quantizer(x), where `entry` is what `backend` stands for."""
+    if not is_direct(quantizer, backend):
+        return quantizer(x)
+    return x if quantizer.__dict__["_disabled"] or not x.numel() else entry(x, quantizer)
+
+
+def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
+    """Has modelopt make our classes of Megatron's linear layers from now on. `quantised(x, quantizer)` is what an
+    enabled quantizer of `backend` makes of x, without gradient."""
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
+
+    def value(x: Tensor, quantizer: Any) -> Tensor:
+        return x if quantizer.__dict__["_disabled"] or not x.numel() else quantised(x, quantizer)
+
+    def direct_class(upstream: Any) -> Any:
+        class DirectLinear(upstream):
+            def _is_direct(self, weight: Tensor | None) -> bool:
+                weight = self._parameters["weight"] if weight is None else weight
+                modules = self._modules
+                return (
+                    weight is not None
+                    and weight.requires_grad
+                    and modules["output_quantizer"].__dict__["_disabled"]
+                    and modules["weight_quantizer"].__dict__.get("_route") is None
+                    and is_direct(modules["output_quantizer"], backend)
+                    and is_direct(modules["weight_quantizer"], backend)
+                    and is_direct(modules["input_quantizer"], backend)
+                )
+
+            def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+                given = () if weight is None else (weight,)
+                if not self._is_direct(weight):
+                    return super().forward(input_, *given, *args, **kwargs)
+                return super(_QuantFunctionalMixin, self).forward(input_, *given, *args, **kwargs)
+
+            def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+                if not self._is_direct(weight):
+                    return super()._forward_impl(input, weight, **settings)
+                operands = (
+                    value(input, self._modules["input_quantizer"]),
+                    value(weight, self._modules["weight_quantizer"]),
+                )
+                return linear_of_values()(input, weight, *operands, *(settings.get(name) for name in _SETTINGS))
+
+        return DirectLinear
+
+    for layer in linear_classes():
+        base = QuantModuleRegistry[layer].__mro__[1]  # what is registered; the first of them is made of it and `layer`
+        _classes[layer] = (direct_class(base), base)
+        _put(layer, _classes[layer][0])
+
+
+_classes: dict[type, tuple[Any, Any]] = {}  # Megatron's layer -> our class, modelopt's
+
+
+def _put(layer: type, made: Any) -> None:
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    QuantModuleRegistry.unregister(layer)
+    QuantModuleRegistry.register({layer: f"megatron_{layer.__name__}"})(made)
+
+
+@contextlib.contextmanager
+def modelopts_own() -> Iterator[None]:
+    """Inside, modelopt makes its own classes of Megatron's linear layers; models that there are stay as they are."""
+    for layer, (_, base) in _classes.items():
+        _put(layer, base)
+    try:
+        yield
+    finally:
+        for layer, (ours, _) in _classes.items():
+            _put(layer, ours)

@@ -1,0 +1,61 @@
+"""What a quantizer gives, by its role (weight, input, KV): on CUDA in one pass with Triton, else artifact/formats.py.
+
+Both give the same bits; formats is the one home of numerics. Called by apply._fake_quantize for every quantised tensor
+of every step, so what does not depend on the values is done once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_edge.artifact import formats
+
+log = logging.getLogger("megatron_edge")
+
+
+def fake_quantize(args: dict[str, Any], x: Tensor, amax: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x as it will be stored and read back: a new tensor of x's shape, without gradient.
+
+    `args` are the quantizer's: role (weight | input | kv), format and, of weights, group_size along the last dim; int4
+    weights may also come as [groups, group_size]. `amax` is the calibrated maximum; only KV int8 has none. The
+    arithmetic is fp32 whatever x is, followed by ONE cast to `out_dtype` (None: x's dtype).
+
+    Raises:
+        InputError: an unknown format, or an amax or a shape that does not fit it.
+    """
+    dtype = out_dtype or x.dtype
+    if x.is_cuda and x.numel():
+        fused = _fused(x.device)
+        if fused is not None:
+            return fused.fake_quantize(args, x, amax, dtype)
+    return plain(args, x, amax, dtype)
+
+
+def plain(args: dict[str, Any], x: Tensor, amax: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same by artifact/formats.py, on any device."""
+    if dtype is not x.dtype:
+        x = x.float()  # what is rounded to x's dtype first is rounded twice
+    if args["role"] == "kv":
+        return formats.fake_quantize_kv(args["format"], x, amax).to(dtype)
+    assert amax is not None
+    if args["role"] == "input":
+        return formats.fake_quantize_input(args["format"], x, amax).to(dtype)
+    return formats.fake_quantize(args["format"], x, amax, args["group_size"]).to(dtype)
+
+
+@functools.cache
+def _fused(device: torch.device) -> ModuleType | None:
+    """triton_kernels, where Triton is installed and the device has clamps that keep NaN (compute capability 8)."""
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        log.warning("fake quantisation in plain torch: its kernels need Triton and compute capability 8.0 or higher")
+        return None
+    from megatron_edge.quantize import triton_kernels
+
+    return triton_kernels
