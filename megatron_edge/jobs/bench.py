@@ -2,7 +2,9 @@
 
 The timed region is a whole step: the batch onto the device, forward and backward of every micro-batch, the optimiser,
 and quantising the changed weights. All contenders have the same layers, attention, loss, optimiser and data, and are
-resident together; memory is each one's own. AWQ folds its scales before training, so its steps are those of int4.
+resident together; memory is each one's own. The plain model and ours run as a CUDA graph where a job's step would;
+modelopt's, which users launch kernel by kernel, does so here: train.cuda_graph=false compares all three so. AWQ folds
+its scales before training, so its steps are those of int4.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from megatron_edge import checks, memory
 from megatron_edge.config import RunConfig, expected, refuse_unknown
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.families import dims_of
-from megatron_edge.jobs.preflight import check_backend, native_precision
+from megatron_edge.jobs.preflight import check_backend, native_precision, records_steps
 from megatron_edge.jobs.training import DTYPES, job_session
 from megatron_edge.log import console
 from megatron_edge.model.build import build_model, named_shards
@@ -34,7 +36,7 @@ from megatron_edge.quantize import apply, plain_modelopt, policy
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
-from megatron_edge.train import step
+from megatron_edge.train import graph, step
 from megatron_edge.train.data import Batch
 
 log = logging.getLogger("megatron_edge")
@@ -52,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PLAIN = "plain"
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = graph.EAGER_STEPS + 1
 # NVIDIA's data sheets of the SXM modules: dense bf16 FLOP/s, bytes/s of memory.
 CHIPS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 
@@ -85,6 +87,7 @@ class _Contender:
     chunks: nn.ModuleList
     optimizer: Any
     resident_bytes: int
+    stream: torch.cuda.Stream | None
 
 
 def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
@@ -179,11 +182,12 @@ def _contender(config: RunConfig, session: Session, name: str, fmt: str) -> _Con
     elif name == "modelopt":
         plain_modelopt.quantize(model, fmt, run_data)
     train = replace(config.train, steps=10_000, warmup_steps=0)
+    stream = torch.cuda.Stream() if name != "modelopt" and records_steps(config, hf_config) else None
     chunks, optimizer = step.make_trainable(
-        model, train, dtype, distributed_optimizer=config.parallel.distributed_optimizer
+        model, train, dtype, distributed_optimizer=config.parallel.distributed_optimizer, stream=stream
     )
     step.learning_rate_schedule(optimizer, train).step(1)
-    return _Contender(name, chunks, optimizer, _allocated() - before)
+    return _Contender(name, chunks, optimizer, _allocated() - before, stream)
 
 
 def _batches(
@@ -206,13 +210,17 @@ def _race(
     windows, length = _windows(shape, hf_config["max_position_embeddings"])
     batches = _batches(config, hf_config, windows, length, accumulate, session)
     seconds: dict[str, list[list[float]]] = {one.name: [] for one in contenders}
-    peaks: dict[str, int] = {}
+    peaks = {one.name: 0 for one in contenders}
+    gradients = {
+        one.name: graph.StepGraph(one.stream) if one.stream is not None else step.forward_backward for one in contenders
+    }
     for repeat in range(config.bench.repeats + 1):
         for one in contenders if repeat % 2 else reversed(contenders):
             mark(f"{fmt} {shape} {one.name}")
             is_warm_up = repeat == 0
             count = WARM_UP_STEPS if is_warm_up else config.bench.steps
-            timed, peaks[one.name] = _steps(one, batches, count, session)
+            timed, peak = _steps(one, batches, count, session, gradients[one.name])
+            peaks[one.name] = max(peaks[one.name], peak)  # a replayed graph allocates nothing
             if not is_warm_up:
                 seconds[one.name].append(timed)
     plain = [statistics.median(part) for part in seconds[PLAIN]]
@@ -235,7 +243,9 @@ def _race(
     return rows
 
 
-def _steps(one: _Contender, batches: list[Batch], count: int, session: Session) -> tuple[list[float], int]:
+def _steps(
+    one: _Contender, batches: list[Batch], count: int, session: Session, gradients: Any
+) -> tuple[list[float], int]:
     """Seconds of each of `count` steps, and the peak of bytes that this contender alone accounts for."""
     before, on_cuda = _allocated(), session.device.type == "cuda"
     if on_cuda:
@@ -244,7 +254,7 @@ def _steps(one: _Contender, batches: list[Batch], count: int, session: Session) 
     seconds = []
     for _ in range(count):
         began = time.perf_counter()
-        step.train_step(one.chunks, one.optimizer, batches, session)
+        step.train_step(one.chunks, one.optimizer, batches, session, gradients=gradients)
         if on_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
