@@ -274,6 +274,7 @@ class _RecordsOnly(pickle.Unpickler):
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),
             ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),  # where torch's own writer was told to write
         ):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
