@@ -115,10 +115,11 @@ def make(run_dir: Path, chosen: argparse.Namespace) -> tuple[int, int]:
 
     from megatron_edge.families import dims_of, expected_tensors, rules_of
     from tools.layout_parity import layout_plan
-    from tools.random_checkpoint import SIZES, make_run
+    from tools.random_checkpoint import SIZES, make_run, write_source
 
     model, dtype = SIZES[chosen.size], getattr(torch, DTYPES[chosen.dtype])
-    checkpoint_bytes = make_run(run_dir, model, layout_plan(chosen.layout), chosen.arguments, dtype)
+    source = write_source(run_dir.with_name("model"), model)
+    _, checkpoint_bytes = make_run(run_dir, source, layout_plan(chosen.layout), chosen.arguments, dtype)
     shapes = expected_tensors(rules_of(model), dims_of(model))
     layer = sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers.0." in name)
     return layer * dtype.itemsize, checkpoint_bytes

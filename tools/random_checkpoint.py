@@ -76,23 +76,24 @@ class Chunk:
 
 
 def make_run(
-    run_dir: Path, model: dict[str, Any], layout: ParallelPlan, arguments: list[str], dtype: torch.dtype
-) -> int:
-    """`run_dir` as training leaves it, and run_dir/model as its source. Returns the checkpoint's bytes."""
+    run_dir: Path, source: Path, layout: ParallelPlan, arguments: list[str], dtype: torch.dtype
+) -> tuple[Any, int]:
+    """`run_dir` as training on the model `source` (of `write_source`) leaves it. Returns its configuration and the
+    checkpoint's bytes."""
     from megatron_edge.compose import compose
     from megatron_edge.config import to_yaml
     from megatron_edge.model.source import open_source
 
-    source = run_dir / "model"
-    write_source(source, model)
+    run_dir.mkdir(parents=True)
     config = compose([f"model.source={source}", f"run_dir={run_dir}", *arguments])
     (run_dir / "config.yaml").write_text(to_yaml(config))
     hf_config = open_source(source).hf_config
     plan = make_plan(config.quant, config.kv, hf_config)
-    return write_checkpoint(run_dir / "checkpoints" / "step_00000001", hf_config, plan, layout, dtype)
+    return config, write_checkpoint(run_dir / "checkpoints" / "step_00000001", hf_config, plan, layout, dtype)
 
 
-def write_source(directory: Path, model: dict[str, Any]) -> None:
+def write_source(directory: Path, model: dict[str, Any]) -> Path:
+    """A model's directory: config.json, tokenizer, and weights that are all zero."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(model))
     save_byte_tokenizer(directory)
@@ -106,6 +107,7 @@ def write_source(directory: Path, model: dict[str, Any]) -> None:
     with (directory / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
         file.truncate(8 + len(content) + at)
+    return directory
 
 
 def write_checkpoint(

@@ -47,7 +47,7 @@ __all__ = [
 SCHEMA = "megatron-edge/1"
 MANIFEST_FILE = "manifest.json"
 _JOURNAL_FILE = ".journal.jsonl"
-_DECODED_ELEMENTS = 1 << 22  # of a linear that is decoded by rows
+_DECODED_ELEMENTS = 1 << 20  # of a linear that is decoded by rows
 _KEY_PROJECTION = re.compile(r"(.*\.self_attn)\.k_proj(\.weight)?$")
 
 
@@ -268,10 +268,10 @@ def _hashed(parts: Iterable[Tensor], digest: Any) -> Iterator[Tensor]:
 
 
 def _journal_lines(path: Path) -> list[Any]:
-    """The whole lines of a journal, in order; a torn last line (a crash while writing) is not one."""
+    """The whole lines of a journal, in order, up to one that is torn (a crash while writing)."""
     lines: list[Any] = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:

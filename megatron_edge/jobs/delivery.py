@@ -19,7 +19,14 @@ from megatron_edge import checkpoint as checkpoints
 from megatron_edge import memory
 from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, ArtifactWriter, sha256_of_file
 from megatron_edge.config import RunConfig, from_yaml
-from megatron_edge.contracts import InputError, QuantPlan, StoppedBySignal, VerificationFailed
+from megatron_edge.contracts import (
+    InputError,
+    QuantPlan,
+    StoppedBySignal,
+    VerificationFailed,
+    WriteFailed,
+    disk_error,
+)
 from megatron_edge.export import targets
 from megatron_edge.export.compress import compress
 from megatron_edge.families import dims_of
@@ -55,6 +62,7 @@ def export(config: RunConfig, launch: Launch) -> None:
 
     Raises:
         StoppedBySignal: SIGTERM; the same command goes on with the tensors that are written.
+        WriteFailed: the disk refused; so it does with room for the rest.
     """
     if launch.rank == 0:
         _export(config, open_model(config.model), launch.threads)
@@ -109,7 +117,14 @@ def _export(config: RunConfig, source: ModelSource, threads: int) -> None:
             log.info("%s holds what follows from %s: every hash is right", directory, found.path)
         else:
             log.info("exporting %s", found.path)
-            _write_artifact(config, found, source, quant_plan, key, threads)
+            try:
+                _write_artifact(config, found, source, quant_plan, key, threads)
+            except OSError as error:
+                if disk_error(error) is None:
+                    raise
+                raise WriteFailed(
+                    f"{directory} cannot be written: {error}; with room for it the same command goes on there"
+                ) from error
             _note_export(config, key)
         reader = ArtifactReader(directory)
         for name in config.export.targets:
