@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,11 +35,12 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Measured:
-    """One export: bytes above the baseline, and the seconds from the end of its imports."""
+    """One export: bytes above the baseline, the seconds from the end of its imports, and those of a core with them."""
 
     baseline_bytes: int
     peak_bytes: int
     seconds: float
+    core_seconds: float
     returncode: int
 
 
@@ -84,9 +86,10 @@ def measure(out: Path, chosen: argparse.Namespace, threads: int) -> int:
         nonlocal ok
         ok = ok and found.returncode == 0 and found.peak_bytes <= limit
         rate = read_bytes / found.seconds / 1e6
-        print(f"{name}: {found.seconds:.1f} s, {rate:.0f} MB/s of it ({rate * copied / read_bytes * 1e6:.2f} x copy), "
-              f"peak {found.peak_bytes / MIB:.0f} MiB above {found.baseline_bytes / MIB:.0f}, limit {limit / MIB:.0f}, "
-              f"exit code {found.returncode}", flush=True)  # fmt: skip
+        speed = f"{found.seconds:.1f} s, {rate:.0f} MB/s of it ({copied / found.seconds:.2f} x copy)"
+        memory = f"{found.peak_bytes / MIB:.0f} MiB above {found.baseline_bytes / MIB:.0f}, limit {limit / MIB:.0f}"
+        print(f"{name}: {speed}, {found.core_seconds:.1f} core seconds, peak {memory}, exit code {found.returncode}",
+              flush=True)  # fmt: skip
 
     artifact = run_dir / "artifact" / "canonical"
     drop_from_cache(checkpoint)
@@ -162,7 +165,7 @@ def start(run_dir: Path, targets: list[str], threads: int, kill_after: int = 0) 
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen([*command, "--targets", *targets], env=environment)
     baseline = peak = 0
-    began = time.monotonic()
+    began, used = time.monotonic(), core_seconds()
     while process.poll() is None:
         if not baseline and told.is_file():
             baseline, began = anonymous_bytes(process.pid), time.monotonic()
@@ -171,7 +174,13 @@ def start(run_dir: Path, targets: list[str], threads: int, kill_after: int = 0) 
             process.send_signal(signal.SIGKILL)
             process.wait()
         time.sleep(SAMPLE_SECONDS)
-    return Measured(baseline, peak - baseline, time.monotonic() - began, process.returncode)
+    return Measured(baseline, peak - baseline, time.monotonic() - began, core_seconds() - used, process.returncode)
+
+
+def core_seconds() -> float:
+    """Of all cores, by processes that were started here and are over."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def anonymous_bytes(pid: int) -> int:
