@@ -180,9 +180,7 @@ def _key(config: RunConfig, found: checkpoints.CheckpointInfo, source: ModelSour
 def _is_there(config: RunConfig, key: str) -> bool:
     """Whether an earlier export with this key finished, and nothing of it changed since."""
     noted, manifest = Path(config.run_dir) / EXPORT_FILE, artifact_dir(config) / MANIFEST_FILE
-    if not (noted.is_file() and manifest.is_file()):
-        return False
-    if json.loads(noted.read_text()) != {"key": key, "manifest": sha256_of_file(manifest)}:
+    if not (noted.is_file() and manifest.is_file()) or noted.read_bytes() != _made_from(config, key):
         return False
     return not ArtifactReader(artifact_dir(config)).check()
 
@@ -190,8 +188,12 @@ def _is_there(config: RunConfig, key: str) -> bool:
 def _note_export(config: RunConfig, key: str) -> None:
     noted = Path(config.run_dir) / EXPORT_FILE
     partial = noted.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "manifest": sha256_of_file(artifact_dir(config) / MANIFEST_FILE)}))
+    partial.write_bytes(_made_from(config, key))
     partial.replace(noted)
+
+
+def _made_from(config: RunConfig, key: str) -> bytes:
+    return json.dumps({"key": key, "manifest": sha256_of_file(artifact_dir(config) / MANIFEST_FILE)}).encode()
 
 
 @contextmanager
