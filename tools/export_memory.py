@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Measured:
-    """One export: bytes above the baseline, the seconds from the end of its imports, and those of a core with them."""
+    """One export: bytes above the baseline, seconds from the end of its imports, core seconds of the whole process."""
 
     baseline_bytes: int
     peak_bytes: int
