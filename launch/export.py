@@ -1,6 +1,8 @@
-"""Gather a run's checkpoint into the canonical artifact, and convert it to targets.
+"""Gather a run's checkpoint, of any layout, into the canonical artifact, and convert it to targets.
 
-Run: torchrun --nproc-per-node 2 launch/export.py run_dir=runs/... export.targets=[modelopt]
+One process does it, a layer's memory at most; the same command goes on where it was interrupted.
+
+Run: python launch/export.py run_dir=runs/... export.targets=[modelopt]
 """
 
 from __future__ import annotations

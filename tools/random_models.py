@@ -59,8 +59,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:
     """A model of transformers with random weights, large enough to matter, and a tokenizer with a token per byte."""
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(20)
@@ -71,9 +70,17 @@ def make_random_model(sizes: dict[str, Any], directory: Path) -> Path:
         elif name.endswith((".bias", "gate.weight")):  # and zeros a bias
             weight.data.normal_(0, 0.3)
     model.save_pretrained(directory)
+    save_byte_tokenizer(directory)
+    return directory
+
+
+def save_byte_tokenizer(directory: Path) -> None:
+    """A tokenizer with a token per byte, and two others."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
-    return directory

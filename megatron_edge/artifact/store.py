@@ -3,7 +3,7 @@
     model-00001-of-0000N.safetensors   model.safetensors.index.json   manifest.json   config.json, tokenizer, ...
 
 In come named tensors, one at a time; out comes a directory that is there whole or not at all. Export writes; verify and
-serve read. Neither side holds more than one shard.
+serve read. `shards` is the file under it.
 """
 
 from __future__ import annotations
@@ -14,90 +14,68 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_edge.artifact import formats
+from megatron_edge.artifact.shards import (
+    INDEX_FILE,
+    ShardReader,
+    ShardWriter,
+    Streamed,
+    bytes_of,
+    open_file,
+    read_tensor,
+    read_tensors,
+    save_tensors,
+    sha256_of_tensor,
+    sync,
+)
 from megatron_edge.contracts import InputError, LinearEntry, Manifest, TensorEntry
 
+__all__ = [
+    "INDEX_FILE", "MANIFEST_FILE", "SCHEMA", "ArtifactReader", "ArtifactWriter", "ShardReader", "ShardWriter",
+    "Streamed", "expected_parts", "read_tensors", "save_tensors", "sha256_of_file", "sha256_of_tensor",
+]  # fmt: skip
+
 SCHEMA = "megatron-edge/1"
-INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "manifest.json"
+_JOURNAL_FILE = ".journal.jsonl"
+_DECODED_ELEMENTS = 1 << 20  # of a linear that is decoded by rows
 _KEY_PROJECTION = re.compile(r"(.*\.self_attn)\.k_proj(\.weight)?$")
-
-
-class ShardWriter:
-    """Streams tensors into safetensors shards of at most `shard_bytes` in an existing directory, and their index.
-
-    A tensor larger than `shard_bytes` gets a shard of its own. Names of shards hold their count, so they are temporary
-    until `finish`. Not atomic by itself: write into a directory that nobody reads yet.
-    """
-
-    def __init__(self, directory: Path, shard_bytes: int) -> None:
-        if shard_bytes <= 0:
-            raise InputError(f"export.shard_bytes={shard_bytes}: allowed are positive numbers of bytes")
-        self.directory, self.shard_bytes = Path(directory), shard_bytes
-        self.names: set[str] = set()
-        self._shards: list[list[str]] = []
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> Tensor:
-        """Takes a copy, which it returns, of a tensor on any device. Raises InputError for a name it had before."""
-        if name in self.names:
-            raise InputError(f"tensor {name} was added twice")
-        # A copy, because a view would keep its base in memory, and because the caller may go on writing to its own.
-        stored = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        if self._pending and self._pending_bytes + stored.nbytes > self.shard_bytes:
-            self._flush()
-        self.names.add(name)
-        self._pending[name] = stored
-        self._pending_bytes += stored.nbytes
-        return stored
-
-    def finish(self, metadata: dict[str, str]) -> dict[str, str]:
-        """Writes the last shard and the index; returns the shard of each tensor. `metadata` goes into the index."""
-        if self._pending or not self._shards:
-            self._flush()
-        file_of: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            file = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            os.replace(self._temporary(i), self.directory / file)
-            file_of.update(dict.fromkeys(names, file))
-        index = {"metadata": {**metadata, "total_size": self._total_bytes}, "weight_map": file_of}
-        _write_json(self.directory / INDEX_FILE, index)
-        return file_of
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def _temporary(self, i: int) -> Path:
-        return self.directory / f".shard-{i:05d}.safetensors"
 
 
 class ArtifactWriter:
     """Streams a canonical artifact into `directory`, which it replaces only when `finish` has written everything.
 
     `side_files` is where config.json, tokenizer and the like are to be put before `finish`, which hashes what it finds
-    there. Used as a context manager, an error leaves `directory` as it was and nothing beside it. One process.
+    there. Used as a context manager, an error leaves `directory` as it was. One process.
+
+    `key` says what is being written: another writer with the same key goes on where one that was interrupted stopped.
+    Tensors that it wrote are taken over where their bytes have the sha256 that a journal beside them says. Without a
+    key, and where the input was at fault (InputError), nothing is left beside `directory`.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int) -> None:
+    def __init__(self, directory: Path, shard_bytes: int, key: str = "") -> None:
         self.directory = Path(directory).absolute()
         self.side_files = self.directory.with_name(f".{self.directory.name}.building")
-        shutil.rmtree(self.side_files, ignore_errors=True)
-        self.side_files.mkdir(parents=True)
+        self._journal, self._key = self.side_files / _JOURNAL_FILE, key
         self._shards = ShardWriter(self.side_files, shard_bytes)
         self._entries: dict[str, tuple[tuple[int, ...], str, str, str]] = {}
+        self._reclaimed: set[str] = set()
+        lines = _journal_lines(self._journal)
+        if key and lines[:1] == [key]:
+            self._resume(lines[1:])
+            return
+        shutil.rmtree(self.side_files, ignore_errors=True)
+        self.side_files.mkdir(parents=True)
+        self._note(key)
 
     def __enter__(self) -> ArtifactWriter:
         return self
@@ -105,13 +83,44 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.side_files.exists():
+        if self.side_files.exists() and (not self._key or isinstance(error, InputError)):
             shutil.rmtree(self.side_files)
 
-    def add(self, name: str, tensor: Tensor, format: str) -> None:
+    def holds(self, *names: str) -> bool:
+        """Whether these tensors were taken over from an interrupted writer, so that `add` is not needed."""
+        return self._reclaimed.issuperset(names)
+
+    def add(self, name: str, tensor: Tensor | Streamed, format: str) -> None:
         """`format` says what the bytes mean: bf16 | fp32 | fp16 | int4 | int8 | nvfp4 | fp8 | scale."""
-        stored = self._shards.add(name, tensor)
-        self._entries[name] = (tuple(stored.shape), _name_of(stored.dtype), format, sha256_of_tensor(stored))
+        if isinstance(tensor, Tensor):
+            tensor = Streamed(tuple(tensor.shape), tensor.dtype, (tensor,))
+        if name in self._reclaimed:  # on disk already
+            self._reclaimed.discard(name)
+            for _ in tensor.parts:  # whose maker may live on their being asked for
+                pass
+            return
+        digest = hashlib.sha256()
+        self._shards.add(name, replace(tensor, parts=_hashed(tensor.parts, digest)))
+        self._entries[name] = (tensor.shape, _name_of(tensor.dtype), format, digest.hexdigest())
+        self._note([name, *self._entries[name]])
+
+    def _note(self, line: Any) -> None:
+        if self._key:
+            with self._journal.open("a") as journal:
+                journal.write(json.dumps(line) + "\n")
+
+    def _resume(self, lines: list[Any]) -> None:
+        """Takes over the tensors of the journal up to the first whose bytes are not what it says."""
+        for name, shape, dtype, format, sha256 in lines:
+            if not self._shards.reclaim(name, tuple(shape), getattr(torch, dtype), sha256):
+                break
+            self._entries[name] = (tuple(shape), dtype, format, sha256)
+        for name in self._shards.settle():
+            del self._entries[name]
+        self._reclaimed = set(self._entries)
+        self._journal.unlink()
+        for line in [self._key, *([name, *entry] for name, entry in self._entries.items())]:
+            self._note(line)
 
     def finish(self, **fields: Any) -> Manifest:
         """Completes the artifact and puts it in place. `fields` are all of `contracts.Manifest` but `schema`, `tensors`
@@ -125,7 +134,7 @@ class ArtifactWriter:
                 raise InputError(f"linear {linear}: tensors {absent} were not added")
         file_of = self._shards.finish({"format": "pt"})
         tensors = {name: TensorEntry(*entry[:3], file_of[name], entry[3]) for name, entry in self._entries.items()}
-        ours = {INDEX_FILE, MANIFEST_FILE, *file_of.values()}
+        ours = {INDEX_FILE, MANIFEST_FILE, _JOURNAL_FILE, *file_of.values()}
         files = {
             path.relative_to(self.side_files).as_posix(): sha256_of_file(path)
             for path in sorted(self.side_files.rglob("*"))
@@ -134,34 +143,9 @@ class ArtifactWriter:
         files[INDEX_FILE] = sha256_of_file(self.side_files / INDEX_FILE)
         manifest = Manifest(schema=SCHEMA, tensors=tensors, files=files, **fields)
         _write_json(self.side_files / MANIFEST_FILE, manifest.to_dict())
+        self._journal.unlink(missing_ok=True)
         _replace_directory(self.side_files, self.directory)
         return manifest
-
-
-class ShardReader:
-    """Reads tensors by name out of a directory of safetensors shards, with or without an index.
-
-    Raises:
-        InputError: no safetensors file, or one whose header cannot be read.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
-        self._file_of: dict[str, str] = {}
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{self.directory}: no *.safetensors file")
-        for file in files:
-            with _open(file) as shard:
-                self._file_of.update(dict.fromkeys(shard.keys(), file.name))
-
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._file_of:
-            raise InputError(f"{self.directory}: tensor {name} is missing")
-        return _read_tensor(self.directory / self._file_of[name], name)
 
 
 class ArtifactReader:
@@ -195,7 +179,7 @@ class ArtifactReader:
         """As stored. Raises InputError where it is missing or its file unreadable; `check` compares hashes."""
         if name not in self.manifest.tensors:
             raise InputError(f"artifact={self.directory}: tensor {name} is missing from {MANIFEST_FILE}")
-        return _read_tensor(self.directory / self.manifest.tensors[name].file, name)
+        return read_tensor(self.directory / self.manifest.tensors[name].file, name)
 
     def encoded(self, linear: str) -> formats.Encoded:
         """The stored weight of one quantised linear. Raises InputError where parts are missing or of wrong shape."""
@@ -218,6 +202,12 @@ class ArtifactReader:
     def dequantized(self, linear: str, dtype: torch.dtype) -> Tensor:
         """[out, in]: `formats.decode` of the stored weight."""
         return formats.decode(self.encoded(linear), dtype)
+
+    def streamed(self, linear: str, dtype: torch.dtype) -> Streamed:
+        """`dequantized`, by rows: no more than a few of them are in memory."""
+        whole = self.encoded(linear)
+        rows = max(1, _DECODED_ELEMENTS // whole.shape[1])
+        return Streamed(whole.shape, dtype, (formats.decode(part, dtype) for part in _row_parts(whole, rows)))
 
     def size_bytes(self) -> int:
         """Of all tensors, as stored; headers and other files not counted."""
@@ -263,12 +253,38 @@ def expected_parts(linear: LinearEntry) -> dict[str, tuple[str, tuple[int, ...]]
     return parts
 
 
+def _row_parts(whole: formats.Encoded, rows: int) -> Iterator[formats.Encoded]:
+    """`whole` cut into parts of so many rows."""
+    for begin in range(0, whole.shape[0], rows):
+        codes = whole.codes[begin : begin + rows]
+        scale = whole.scale[begin : begin + rows] if whole.scale.dim() else whole.scale
+        yield replace(whole, codes=codes, scale=scale, shape=(codes.shape[0], whole.shape[1]))
+
+
+def _hashed(parts: Iterable[Tensor], digest: Any) -> Iterator[Tensor]:
+    for part in parts:
+        digest.update(bytes_of(part))
+        yield part
+
+
+def _journal_lines(path: Path) -> list[Any]:
+    """The whole lines of a journal, in order, up to one that is torn (a crash while writing)."""
+    lines: list[Any] = []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
 def _shard_problems(path: Path, listed: dict[str, TensorEntry]) -> list[str]:
     """What one shard holds against what the manifest lists for it."""
     if not path.is_file():
         return [f"tensor {name}: missing with its file {path.name}" for name in listed]
     try:
-        shard = _open(path)
+        shard = open_file(path)
     except InputError as error:
         return [f"file {path.name}: {error}", *(f"tensor {name}: unreadable, {path.name} is" for name in listed)]
     with shard:
@@ -322,43 +338,9 @@ def _index_problems(path: Path, manifest: Manifest) -> list[str]:
     return [f"tensor {name}: {path.name} and the manifest disagree about its file" for name in wrong]
 
 
-def sha256_of_tensor(tensor: Tensor) -> str:
-    """Of its contiguous little-endian bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
 def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.building")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises InputError where it cannot be read."""
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with _open(path) as file:
-        try:
-            return file.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{path}: tensor {name} is missing") from error
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no readable safetensors file: {error}") from error
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -373,19 +355,11 @@ def _replace_directory(new: Path, directory: Path) -> None:
     """Sync `new` and put it in the place of `directory`. A machine that dies between the two renames leaves the
     previous directory, whole, beside its place."""
     for path in [*new.rglob("*"), new]:
-        _sync(path)
+        sync(path)
     previous = directory.with_name(f".{directory.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if directory.exists():
         os.rename(directory, previous)
     os.rename(new, directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +17,16 @@ import torch
 
 from megatron_edge import checkpoint as checkpoints
 from megatron_edge import memory
-from megatron_edge.artifact.store import ArtifactReader, ArtifactWriter, sha256_of_file
+from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, ArtifactWriter, sha256_of_file
 from megatron_edge.config import RunConfig, from_yaml
-from megatron_edge.contracts import InputError, VerificationFailed
+from megatron_edge.contracts import (
+    InputError,
+    QuantPlan,
+    StoppedBySignal,
+    VerificationFailed,
+    WriteFailed,
+    disk_error,
+)
 from megatron_edge.export import targets
 from megatron_edge.export.compress import compress
 from megatron_edge.families import dims_of
@@ -28,26 +39,33 @@ from megatron_edge.verify.report import Limits, Verification, table, verify_arti
 
 log = logging.getLogger("megatron_edge")
 
+PACKAGE = Path(__file__).resolve().parents[1]
+EXPORT_FILE = "export.json"  # in a run directory: what its artifact was made from
 PACKAGES = ("megatron-core", "nvidia-modelopt", "torch", "transformers")
 
 
-def finish(config: RunConfig) -> None:
-    """Export, verify and summary of a trained run.
+def finish(config: RunConfig, threads: int) -> None:
+    """Export, verify and summary of a trained run; `threads` is the number of CPU threads of this process.
 
     Raises:
         VerificationFailed: a check does not hold; everything is on disk nevertheless.
     """
     source = open_model(config.model)
-    _export(config, source)
+    _export(config, source, threads)
     report = _verify(config, source.hf_config)
     _summary(config, report)
     _raise_unless_ok(report, Path(config.run_dir) / "verify.json")
 
 
 def export(config: RunConfig, launch: Launch) -> None:
-    """run_dir's newest checkpoint as the canonical artifact and export.targets. Rank 0 does it."""
+    """run_dir's newest checkpoint as the canonical artifact and export.targets. Rank 0 does it, and needs no others.
+
+    Raises:
+        StoppedBySignal: SIGTERM; the same command goes on with the tensors that are written.
+        WriteFailed: the disk refused; so it does with room for the rest.
+    """
     if launch.rank == 0:
-        _export(config, open_model(config.model))
+        _export(config, open_model(config.model), launch.threads)
 
 
 def verify(config: RunConfig, launch: Launch) -> None:
@@ -84,19 +102,46 @@ def artifact_dir(config: RunConfig) -> Path:
     return Path(config.run_dir) / "artifact" / "canonical"
 
 
-def _export(config: RunConfig, source: ModelSource) -> None:
+def _export(config: RunConfig, source: ModelSource, threads: int) -> None:
     found = checkpoints.newest_intact(Path(config.run_dir) / "checkpoints")
     if found is None:
         raise InputError(
             f"run_dir={config.run_dir!r}: no intact checkpoint to export; allowed: a run that has saved one"
         )
-    hf_config = source.hf_config
-    quant_plan = policy.make_plan(config.quant, config.kv, hf_config)
+    quant_plan = policy.make_plan(config.quant, config.kv, source.hf_config)
     directory = artifact_dir(config)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    log.info("exporting %s", found.path)
-    with ArtifactWriter(directory, config.export.shard_bytes) as writer:
-        done = compress(found.path, writer, hf_config, quant_plan)
+    key = _key(config, found, source, quant_plan)
+    with _stopped_by_sigterm():
+        if _is_there(config, key):
+            log.info("%s holds what follows from %s: every hash is right", directory, found.path)
+        else:
+            log.info("exporting %s", found.path)
+            try:
+                _write_artifact(config, found, source, quant_plan, key, threads)
+            except OSError as error:
+                if disk_error(error) is None:
+                    raise
+                raise WriteFailed(
+                    f"{directory} cannot be written: {error}; with room for it the same command goes on there"
+                ) from error
+            _note_export(config, key)
+        reader = ArtifactReader(directory)
+        for name in config.export.targets:
+            targets.convert(name, reader, directory.parent / name, config.export.shard_bytes)
+
+
+def _write_artifact(
+    config: RunConfig,
+    found: checkpoints.CheckpointInfo,
+    source: ModelSource,
+    quant_plan: QuantPlan,
+    key: str,
+    threads: int,
+) -> None:
+    hf_config = source.hf_config
+    with ArtifactWriter(artifact_dir(config), config.export.shard_bytes, key) as writer:
+        done = compress(found.path, writer, hf_config, quant_plan, threads)
         source.save_tokenizer(writer.side_files)
         source.save_config(writer.side_files, getattr(torch, done.dtype))
         writer.finish(
@@ -110,14 +155,59 @@ def _export(config: RunConfig, source: ModelSource) -> None:
             source={
                 "model": config.model.source,
                 "hf_config": config.model.hf_config,
-                "fingerprint": source.fingerprint(),
+                # What training read; reading it again takes as long as the export does.
+                "fingerprint": found.extra.get("model") or source.fingerprint(),
                 "step": found.step,
             },
             versions={name: version(name) for name in PACKAGES},
         )
-    reader = ArtifactReader(directory)
-    for name in config.export.targets:
-        targets.convert(name, reader, directory.parent / name, config.export.shard_bytes)
+
+
+def _key(config: RunConfig, found: checkpoints.CheckpointInfo, source: ModelSource, quant_plan: QuantPlan) -> str:
+    """Names all that decides the bytes of the artifact, this project's code among it."""
+    code = sorted(path for room in ("artifact", "export", "families") for path in (PACKAGE / room).rglob("*.py"))
+    decides = {
+        "checkpoint": sha256_of_file(found.path / "manifest.json"),
+        "model": [config.model.source, config.model.hf_config, source.hf_config],
+        "quant": asdict(quant_plan),
+        "shard_bytes": config.export.shard_bytes,
+        "versions": {name: version(name) for name in (*PACKAGES, "safetensors")},
+        "code": [sha256_of_file(path) for path in code],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _is_there(config: RunConfig, key: str) -> bool:
+    """Whether an earlier export with this key finished, and nothing of it changed since."""
+    noted, manifest = Path(config.run_dir) / EXPORT_FILE, artifact_dir(config) / MANIFEST_FILE
+    if not (noted.is_file() and manifest.is_file()) or noted.read_bytes() != _made_from(config, key):
+        return False
+    return not ArtifactReader(artifact_dir(config)).check()
+
+
+def _note_export(config: RunConfig, key: str) -> None:
+    noted = Path(config.run_dir) / EXPORT_FILE
+    partial = noted.with_suffix(".partial")
+    partial.write_bytes(_made_from(config, key))
+    partial.replace(noted)
+
+
+def _made_from(config: RunConfig, key: str) -> bytes:
+    return json.dumps({"key": key, "manifest": sha256_of_file(artifact_dir(config) / MANIFEST_FILE)}).encode()
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """What is written at any moment is good for the next start, so that a signal may come at any."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise StoppedBySignal("stopped by a signal while exporting; the same command continues there")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _verify(

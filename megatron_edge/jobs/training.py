@@ -94,7 +94,7 @@ def qat(config: RunConfig, launch: Launch) -> None:
         trained = _train(run, model, found)
         _write_reference(run, trained)
     if launch.rank == 0:
-        finish(config)
+        finish(config, launch.threads)
 
 
 def evaluate(config: RunConfig, launch: Launch) -> None:

@@ -3,7 +3,7 @@
 In: the directory of one iteration, or the one above it, of any layout, and the model's config.json. Out: Hugging Face
 names and slices of tensors. Nothing in it is run: `.metadata`, which is a pickle, may name plain records of
 torch.distributed.checkpoint and nothing else, tensors are loaded as weights only, `common.pt` is not opened. Called by
-`model.source` alone.
+`model.source`; export reads the metadata of our own checkpoints through it.
 
 Spellings that Megatron-core 0.9 to 0.16 writes: layers stacked into one tensor (`decoder.layers.mlp...`, [layers, ...])
 or apart (`decoder.layers.0.mlp...`), experts likewise; gate and up rows of SwiGLU as one tensor or as `_w` and `_v`; a
@@ -274,6 +274,7 @@ class _RecordsOnly(pickle.Unpickler):
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),
             ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),  # where torch's own writer was told to write
         ):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -287,17 +288,22 @@ class _RecordsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no record of a checkpoint")
 
 
-def _reader(directory: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
-
+def read_metadata(directory: Path) -> Any:
+    """torch.distributed.checkpoint's Metadata of a checkpoint. Raises InputError where it cannot be read."""
     path = directory / METADATA_FILE
     try:
         with path.open("rb") as file:
-            metadata = _RecordsOnly(file).load()
-        reader = FileSystemReader(str(directory))
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
+            return _RecordsOnly(file).load()
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not readable ({error}); {_ALLOWED}") from error
+
+
+def _reader(directory: Path) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = read_metadata(directory)
+    reader = FileSystemReader(str(directory))
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.metadata = metadata
     return reader
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.unit.whole_export import check_artifact
+from tools.layout_parity import compose
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(1500)
@@ -30,14 +33,25 @@ def check_matrix(found: dict[str, dict[str, Any]], least_tensors: int) -> None:
             assert cell["tensors"] >= least_tensors, "weights, quantizers and two moments"
 
 
+def check_artifacts(directory: Path) -> None:
+    """Each layout's own checkpoint: exported by rows, it is what its whole tensors give."""
+    job = json.loads((directory / "job.json").read_text())
+    config = compose(job["arguments"], job["format"])
+    for layout in job["layouts"]:
+        run_dir = directory / layout / "trained"
+        check_artifact(run_dir / "artifact" / "canonical", next((run_dir / "checkpoints").glob("step_*")), config)
+
+
 def test_dense_on_two_processes(tmp_path: Path) -> None:
     check_matrix(run_tool(tmp_path, "--layouts", "DP2DO", "TP2SP", "PP2VPP2"), 110)
+    check_artifacts(tmp_path)
 
 
 def test_experts_on_two_processes(tmp_path: Path) -> None:
     """Between expert-parallel layouts Megatron's own optimizer state does not reshard."""
     layouts = ("--layouts", "EP2", "TP2ETP2SPDO", "PP2")
     check_matrix(run_tool(tmp_path, "--source", "random:mixtral", *layouts), 270)
+    check_artifacts(tmp_path)
 
 
 @pytest.mark.long

@@ -123,13 +123,17 @@ def test_gateway_target_is_read_by_transformers(gateway_run: Run) -> None:
 
 
 def test_export_and_evaluate_alone_on_a_run(gateway_run: Run, tmp_path: Path) -> None:
-    """Export again gives the same bytes; evaluate gives the losses that the job found, and the same answers for the
+    """One process exports what the job on two stages did, byte for byte.
+    Evaluate gives the losses that the job found, and the same answers for the
     artifact and, on two stages, the checkpoint; against the model as it came, and against the artifact."""
     artifact = gateway_run.directory / "artifact"
-    before = hashes(artifact)
-    done = run("export", f"run_dir={gateway_run.directory}", directory=tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(gateway_run.directory / "config.yaml", tmp_path / "run")
+    shutil.copytree(gateway_run.directory / "checkpoints", tmp_path / "run" / "checkpoints")
+    done = run("export", f"run_dir={tmp_path / 'run'}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert hashes(artifact) == before
+    assert not done.noise, done.noise
+    assert hashes(tmp_path / "run" / "artifact") == hashes(artifact)
     shutil.copytree(artifact / "canonical", tmp_path / "canonical")  # evaluation.json is written beside it
     rows = [{"question": f"The {name} is", "choices": [topics[name][:30], name, "no"], "answer": 1} for name in TOPICS]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))

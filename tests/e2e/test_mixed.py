@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_the_found_recipe_edited_trained_exported_and_verified(
     assert {name.split(".")[2] for name in report["awq_alpha"]} == {"2"}, "AWQ where int4 is"
     before = hashes(run_dir / "artifact")
     recipe.unlink()
+    shutil.rmtree(run_dir / "artifact")
     done = run("export", f"run_dir={run_dir}", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hashes(run_dir / "artifact") == before

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "modelopt": ("runtime/compat", "model/draft", "quantize", "checkpoint", "train/distill"),
     "hydra": ("launch", "compose"),
     "omegaconf": ("launch", "compose"),
-    "safetensors": ("artifact/store", "model"),
+    "safetensors": ("artifact/shards", "model"),
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LAUNCHER_LINES = 399, 59, 60
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_edge.artifact.store import ArtifactReader
+from megatron_edge.artifact.store import ArtifactReader, Streamed
 from megatron_edge.contracts import InputError, LinearEntry, Manifest
 from megatron_edge.export.targets.folder import (
     SHARD_BYTES,
@@ -77,7 +77,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
     return write_target(reader, directory, "compressed_tensors", content, shard_bytes)
 
 
-def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor | Streamed]]:
     yield from unquantised(reader)
     yield from decoded_tables(reader)
     for name, linear in reader.manifest.layer_linears.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_edge.artifact.store import INDEX_FILE, ArtifactReader, ShardWriter
+from megatron_edge.artifact.store import INDEX_FILE, ArtifactReader, ShardWriter, Streamed
 from megatron_edge.contracts import InputError, LinearEntry, Manifest
 
 logger = logging.getLogger("megatron_edge")
@@ -40,9 +40,10 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class TargetContent:
-    """What one target puts into its directory, apart from the tokenizer and generation files, which all copy."""
+    """What one target puts into its directory, apart from the tokenizer and generation files, which all copy. Tensors
+    are asked for one at a time; a large one that is computed should come by rows, as `Streamed`."""
 
-    tensors: Iterable[tuple[str, torch.Tensor]]
+    tensors: Iterable[tuple[str, torch.Tensor | Streamed]]
     config: dict[str, Any]
     carried: list[str]
     dropped: list[str]
@@ -124,11 +125,11 @@ def unquantised(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, reader.tensor(name)
 
 
-def decoded_tables(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
+def decoded_tables(reader: ArtifactReader) -> Iterator[tuple[str, Streamed]]:
     """Quantised embedding and output layer as their bf16 values: no target's runtime reads them packed. Values of a
     model trained in bf16 are its own; of one trained in fp32 they are rounded once more."""
     for name in reader.manifest.tables:
-        yield f"{name}.weight", reader.dequantized(name, torch.bfloat16)
+        yield f"{name}.weight", reader.streamed(name, torch.bfloat16)
 
 
 def tables_dropped(manifest: Manifest) -> list[str]:

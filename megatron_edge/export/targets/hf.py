@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_edge.artifact.store import ArtifactReader
+from megatron_edge.artifact.store import ArtifactReader, Streamed
 from megatron_edge.export.targets.folder import (
     SHARD_BYTES,
     TargetContent,
@@ -45,8 +45,8 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
     return write_target(reader, directory, "hf", content, shard_bytes)
 
 
-def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor | Streamed]]:
     for name, tensor in unquantised(reader):
         yield name, tensor.to(torch.bfloat16)
     for linear in reader.manifest.linears:
-        yield f"{linear}.weight", reader.dequantized(linear, torch.bfloat16)
+        yield f"{linear}.weight", reader.streamed(linear, torch.bfloat16)
