@@ -36,7 +36,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
-    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
+    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device", "budget",
     "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
@@ -179,6 +179,15 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    memory_bytes: int | None = leaf("bytes that all of it may take on the device; null is what its system leaves", low=1)
+    power_w: float | None = leaf("watts that the device is held to; null is device.power_w", low=0.0)
+    latency_ms_per_token: float | None = leaf(
+        "longest time to a sequence's next token, with all sequences at export's limits; null promises none", low=0.0
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     tasks: list[str] = leaf("multiple choice: boolq, piqa, openbookqa, ... or *.jsonl files; [] is perplexity alone")
     limit: int | None = leaf("questions of each task, spread evenly over it; null is all", low=2)
@@ -211,6 +220,7 @@ class RunConfig:
     export: ExportConfig
     eval: EvalConfig
     device: DeviceProfile
+    budget: BudgetConfig
     search: SearchConfig
 
 
@@ -244,6 +254,10 @@ def _leaf_value(field: str, value: Any, kind: Any) -> Any:
         if dataclasses.is_dataclass(args[0]):
             return origin(build_record(args[0], v, f"{field}[{i}]") for i, v in enumerate(value))  # type: ignore[arg-type]
         return origin(_leaf_value(f"{field}[{i}]", v, args[0]) for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise expected(field, value, "a mapping, such as {a: b}")
+        return {_leaf_value(field, key, str): _leaf_value(f"{field}.{key}", v, args[1]) for key, v in value.items()}
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind is not float and type(value) is kind:
