@@ -36,8 +36,8 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
-    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device", "budget",
-    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
+    "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
+    "budget", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
 )  # fmt: skip
 
@@ -180,7 +180,9 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    memory_bytes: int | None = leaf("bytes that all of it may take on the device; null is what its system leaves", low=1)
+    memory_bytes: int | None = leaf(
+        "bytes that all of it may take on the device; null is what its system leaves", low=1
+    )
     power_w: float | None = leaf("watts that the device is held to; null is device.power_w", low=0.0)
     latency_ms_per_token: float | None = leaf(
         "longest time to a sequence's next token, with all sequences at export's limits; null promises none", low=0.0

@@ -17,7 +17,7 @@ from megatron_edge.artifact.tables import Table, tables_of
 from megatron_edge.checks import layers_per_chunk
 from megatron_edge.config import RunConfig, parts_of
 from megatron_edge.contracts import ParallelPlan, QuantRule
-from megatron_edge.families import ModelDims, all_rules, dims_of, expected_tensors, family_of, hf_shape, rules_of
+from megatron_edge.families import ModelDims, all_rules, dims_of, expected_tensors, hf_shape, rules_of
 from megatron_edge.recipe import quant_rules, rule_of
 
 DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
@@ -126,8 +126,9 @@ def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     total = count_parameters(hf_config).others * 2
     total += sum(table_bytes(table) for table in tables_of(config.quant, hf_config))
+    of_layer = linears(hf_config)
     for layer in range(hf_config["num_hidden_layers"]):
-        total += sum(linear_bytes(linear, layer, rules, excluded) for linear in linears(hf_config))
+        total += sum(linear_bytes(linear, layer, rules, excluded) for linear in of_layer)
         total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_edge import checks, memory
+from megatron_edge import checks, devices, memory
 from megatron_edge.config import QuantConfig, RunConfig, expected, refuse_unknown, targets_able
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs.preflight import check_backend
@@ -62,7 +62,7 @@ def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
     Raises:
         InputError: no such preset, or one that cannot be judged layer by layer.
     """
-    presets, found = checks.presets("quant"), {}
+    presets, found = devices.presets("quant"), {}
     for name in config.search.formats:
         if name not in presets:
             raise refuse_unknown(f"search.formats: {name}", name, presets)

@@ -22,8 +22,8 @@ ROWS = (
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "checks", "recipe", "artifact", "families"),
-    ("compose", "config", "contracts", "log"),
+    ("memory", "deployment", "checks", "devices", "recipe", "artifact", "families"),
+    ("compose", "templates", "config", "contracts", "log"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
 FREE_ROWS = (RANK["memory"], RANK["config"])

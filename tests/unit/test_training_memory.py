@@ -106,9 +106,9 @@ def test_quantizers_keep_a_copy_of_the_weights(arguments: tuple[str, ...], sessi
     assert after - before == pytest.approx(DENSE["num_hidden_layers"] * TOKENS * (more[1] - more[0]), abs=256)
 
 
-# (model, layout, distributed optimizer, GiB): peaks of torch.cuda.max_memory_allocated on two H200s, bf16, 8 sequences of
-# 2048 tokens one by one: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`, and
-# with `--model experts`.
+# (model, layout, distributed optimizer, GiB): peaks of torch.cuda.max_memory_allocated on two H200s, bf16, 8 sequences
+# of 2048 tokens one by one: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`
+# and the same with `--model experts`.
 MEASURED = [
     (layout_speed.DENSE, ParallelPlan(), False, 22.1),
     (layout_speed.DENSE, ParallelPlan(dp=2, world_size=2), True, 16.3),
