@@ -26,7 +26,7 @@ from megatron_edge.families import dims_of
 from megatron_edge.memory import count_parameters, kv_bytes, linears, weights_bytes
 from megatron_edge.recipe import quant_rules, rule_of
 
-LLAMA_CPP, READER = "llama.cpp", "megatron_edge"
+LLAMA_CPP = "llama.cpp"
 GGUF_BLOCKS = {"int4": (32, 18), "int8": (32, 34), "nvfp4": (64, 36)}  # values and bytes of Q4_0, Q8_0, NVFP4
 PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
 CELLS = 256  # llama.cpp's cache is a multiple of it for each sequence
@@ -143,8 +143,8 @@ def parts_of_plan(needed: MemoryPlan) -> dict[str, int]:
 
 
 def runtime_weights(config: RunConfig, hf_config: Mapping[str, Any]) -> RuntimeWeights:
-    """llama.cpp: GGUF blocks, norms in fp32, and what device.repacked_formats doubles. This project's reader: decoded
-    to the dtype of training. Others: as the artifact has them."""
+    """llama.cpp: GGUF blocks, norms in fp32, and what device.repacked_formats doubles. Others: as the artifact has
+    them."""
     rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     outside = inside = repacked = 0
     of_layer = linears(hf_config)
@@ -172,8 +172,6 @@ def runtime_weights(config: RunConfig, hf_config: Mapping[str, Any]) -> RuntimeW
 
 
 def _stored_bytes(config: RunConfig, fmt: str, shape: tuple[int, int], group_size: int) -> int:
-    if config.device.runtime == READER:
-        return math.prod(shape) * (2 if config.train.precision == "bf16" else 4)
     if config.device.runtime != LLAMA_CPP or fmt not in GGUF_BLOCKS:
         return storage_bytes(fmt, shape, group_size)
     values, size = GGUF_BLOCKS[fmt]

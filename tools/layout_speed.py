@@ -91,7 +91,6 @@ def measure(chosen: argparse.Namespace, layout: str, store: Any, rank: int) -> d
 
 
 def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, Any]:
-    from megatron_edge.compose import compose
     from megatron_edge.memory import training_plan
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.hf_config import checked_config
@@ -109,12 +108,7 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     model = build_model(hf_config, session.plan, torch.bfloat16, device, chosen.recompute, backend=chosen.backend)
     load_weights(model, _random_weights(device), hf_config, session)
     batch = chosen.global_batch * (session.plan.dp if chosen.weak else 1)
-    config = compose(
-        [f"train={chosen.train}", f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0",
-         "train.min_learning_rate=1e-6", "train.precision=bf16", f"train.seq_length_tokens={length}",
-         f"train.global_batch={batch}", f"parallel.recompute={chosen.recompute}",
-         f"parallel.distributed_optimizer={str(layout.endswith('DO')).lower()}"]
-    )  # fmt: skip
+    config = configured(chosen, layout, batch)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, hf_config["vocab_size"], (batch, length), generator=generator)
     places = torch.arange(length).expand_as(ids)
@@ -151,6 +145,17 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
         "speed": speed, "losses": losses, "gib": max(session.gather(peak)) / 2**30,
         "mfu": speed * flops_per_token(hf_config, length) / (session.plan.world_size * peak_flops(device)),
     }  # fmt: skip
+
+
+def configured(chosen: argparse.Namespace, layout: str, batch: int) -> Any:
+    from megatron_edge.compose import compose
+
+    return compose(
+        [f"train={chosen.train}", f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0",
+         "train.min_learning_rate=1e-6", "train.precision=bf16", f"train.seq_length_tokens={chosen.seq_length_tokens}",
+         f"train.global_batch={batch}", f"parallel.recompute={chosen.recompute}",
+         f"parallel.distributed_optimizer={str(layout.endswith('DO')).lower()}"]
+    )  # fmt: skip
 
 
 def _random_weights(device: torch.device) -> Any:

@@ -26,6 +26,13 @@ def test_every_scenario_has_all_budgets(scenario: str) -> None:
     assert all(value is not None for value in dataclasses.astuple(budget))
 
 
+def test_the_drone_is_a_module_of_four_gigabytes_at_ten_watts() -> None:
+    drone = compose.compose(["+scenario=drone"])
+    assert (drone.device.memory_bytes, drone.device.runtime, drone.budget.power_w) == (4 * 2**30, "llama.cpp", 10)
+    assert (drone.quant.weight, drone.quant.algorithm, drone.quant.embedding) == ("int4", "awq", "int8")
+    assert devices.power_mode(drone).power_w == 10
+
+
 def test_every_line_of_every_device_has_its_source() -> None:
     lines = {field.name for field in dataclasses.fields(DeviceProfile)} - {"name", "sources"}
     for name, device in devices.profiles().items():
