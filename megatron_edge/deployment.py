@@ -23,7 +23,7 @@ from megatron_edge.artifact.tables import tables_of
 from megatron_edge.config import QuantConfig, RunConfig
 from megatron_edge.contracts import InputError, MemoryPlan, PowerMode
 from megatron_edge.families import dims_of
-from megatron_edge.memory import count_parameters, kv_bytes, linears, weights_bytes
+from megatron_edge.memory import count_parameters, distinct_linears, kv_bytes, weights_bytes
 from megatron_edge.recipe import quant_rules, rule_of
 
 LLAMA_CPP = "llama.cpp"
@@ -147,14 +147,13 @@ def runtime_weights(config: RunConfig, hf_config: Mapping[str, Any]) -> RuntimeW
     them."""
     rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     outside = inside = repacked = 0
-    of_layer = linears(hf_config)
+    counted = distinct_linears(hf_config)
     for layer in range(hf_config["num_hidden_layers"]):
-        for linear in of_layer:
+        for linear, count in counted:
             rule = rule_of(f"decoder.layers.{layer}.{linear.module}", rules, excluded)
             fmt, group = ("bf16", 0) if rule is None else (rule.weight, rule.group_size)
-            size = _stored_bytes(config, fmt, linear.shape, group)
-            is_expert = ".local_experts." in linear.module
-            inside, outside = inside + size * is_expert, outside + size * (not is_expert)
+            size = count * _stored_bytes(config, fmt, linear.shape, group)
+            inside, outside = inside + size * linear.is_expert, outside + size * (not linear.is_expert)
             repacked += size * (fmt in config.device.repacked_formats)
     sizes, doubled = {}, 0
     tables = tables_of(config.quant, hf_config)

@@ -38,6 +38,10 @@ class Linear:
     shape: tuple[int, int]
     module: str
 
+    @property
+    def is_expert(self) -> bool:
+        return ".local_experts." in self.module
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -92,12 +96,20 @@ def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
     )
 
 
+def distinct_linears(hf_config: Mapping[str, Any]) -> list[tuple[Linear, int]]:
+    """The linear layers of one decoder layer and how many there are of each: the first expert's stand for all experts',
+    which have one format (recipe.py)."""
+    num_experts = dims_of(hf_config).num_experts
+    found = [one for one in linears(hf_config) if not one.is_expert or ".local_experts.0." in one.module]
+    return [(one, num_experts if one.is_expert else 1) for one in found]
+
+
 def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
     rules, dims = rules_of(hf_config), dims_of(hf_config)
     embedding = dims.vocab_size * dims.hidden_size
     everything = sum(math.prod(shape) for shape in expected_tensors(rules, dims).values())
     of_layer = linears(hf_config)
-    inside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer if ".local_experts." in one.module)
+    inside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer if one.is_expert)
     outside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer) - inside
     head = 0 if dims.tied else embedding
     return ParameterCount(embedding, outside, inside, everything - embedding - head - outside - inside, head)
@@ -126,9 +138,9 @@ def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
     rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
     total = count_parameters(hf_config).others * 2
     total += sum(table_bytes(table) for table in tables_of(config.quant, hf_config))
-    of_layer = linears(hf_config)
+    counted = distinct_linears(hf_config)
     for layer in range(hf_config["num_hidden_layers"]):
-        total += sum(linear_bytes(linear, layer, rules, excluded) for linear in of_layer)
+        total += sum(count * linear_bytes(linear, layer, rules, excluded) for linear, count in counted)
         total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 
@@ -257,14 +269,14 @@ def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: P
         for layer in range(sum(counts[:chunk]), sum(counts[: chunk + 1]))
     }
     total = 0.0
-    for linear in all_rules(rules_of(hf_config), dims):
+    for linear in all_rules(rules_of(hf_config), replace(dims, num_experts=min(dims.num_experts, 1))):
         if not linear.is_linear or int(linear.pattern.split(".")[2]) not in mine:
             continue
         rule = rule_of(linear.module, rules, config.quant.exclude)
-        if rule is not None:
+        if rule is not None:  # experts of a layer have one format: the first stands for all
             weights = sum(math.prod(hf_shape(target, linear, dims)) for target in linear.targets)
-            ranks = layout.etp * layout.ep if linear.is_expert else layout.tp
-            total += weights / ranks * (size + (4 / rule.group_size if rule.weight == "int4" else 0))
+            share = dims.num_experts / (layout.etp * layout.ep) if linear.is_expert else 1 / layout.tp
+            total += weights * share * (size + (4 / rule.group_size if rule.weight == "int4" else 0))
     for table in tables_of(config.quant, hf_config):
         here = last if table.module == "output_layer" else first or (last and dims.tied)
         if table.format != "bf16" and here:

@@ -189,8 +189,9 @@ def test_heads_of_medusa_are_counted_as_modules() -> None:
 
     config = LlamaConfig(**LARGER)
     hidden, vocab = config.hidden_size, config.vocab_size
-    heads = [
-        torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, vocab, bias=False))
-        for _ in range(2)
-    ]
+    with torch.device("meta"):
+        heads = [
+            torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, vocab, bias=False))
+            for _ in range(2)
+        ]
     assert deployment.medusa_bytes(LARGER, 2) == 2 * sum(p.numel() for head in heads for p in head.parameters())
