@@ -6,19 +6,17 @@ naming the field, the value and what is allowed. Called by the launcher before a
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_edge.compose import CONF_DIR, options
-from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, parts_of, weights_of
-from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan, ParamRule, QuantRule
+from megatron_edge.config import TARGETS, QuantConfig, RunConfig, parts_of, weights_of
+from megatron_edge.contracts import InputError, ParallelPlan, ParamRule, QuantRule
+from megatron_edge.devices import check_device
 from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
+from megatron_edge.leaves import expected
 
 ACTIVATIONS = {
     "none": ("none",), "fp8": ("none", "fp8"), "int4": ("none", "fp8"), "int8": ("none", "int8"),
@@ -29,9 +27,6 @@ ALGORITHMS = {
     "none": ("max",), "fp8": ("max",), "int4": ("max", "awq", "awq_clip"), "int8": ("max", "smoothquant"),
     "nvfp4": ("max",),
 }  # fmt: skip
-# int4 weights under fp8 inputs are no matter of each alone: vLLM's take inputs scaled per token, on Hopper only, and
-# neither llama.cpp nor Edge-LLM has them.
-W4A8_RUNTIMES = ("megatron_edge",)
 KV_BLOCKS = {"int8": 32, "nvfp4": 16}
 
 
@@ -66,7 +61,7 @@ def check_config(config: RunConfig) -> None:
     _check_distillation(config)
     _check_adapters(config)
     _check_recipe(config)
-    _check_device(config)
+    check_device(config)
 
 
 def _check_distillation(config: RunConfig) -> None:
@@ -300,70 +295,3 @@ def _check_calibration(quant: QuantConfig, kv: str) -> None:
         raise expected("quant.calibration", "mse", "max with quant.weight=none and this kv.format")
     if quant.calibration == "mse" and quant.algorithm == "awq_clip":
         raise expected("quant.calibration", "mse", "max or percentile with quant.algorithm=awq_clip, which sets scales")
-
-
-def _runs(device: DeviceProfile, weight: str, activation: str, group_size: int) -> bool:
-    known = weight in device.weight_formats and activation in device.activation_formats
-    if weight == "int4" and activation == "fp8" and device.runtime not in W4A8_RUNTIMES:
-        return False
-    return known and (weight != "int4" or group_size in device.group_sizes)
-
-
-def presets_that_run(device: DeviceProfile) -> dict[str, dict[str, Any]]:
-    return {
-        name: preset
-        for name, preset in presets("quant").items()
-        if _runs(device, preset["weight"], preset["activation"], preset["group_size"])
-    }
-
-
-def _check_device(config: RunConfig) -> None:
-    """Refuse what the device's runtime does not run, naming the preset that comes nearest."""
-    device, quant = config.device, config.quant
-    on = f"device={device.name} (runtime {device.runtime})"
-    for where, part in parts_of(quant):
-        if not _runs(device, part.weight, part.activation, part.group_size):
-            able = presets_that_run(device)
-            near = min(able, key=lambda name: _distance(able[name], part, quant.algorithm), default=None)
-            where = f"quant={quant.name}" if part is quant else where
-            raise InputError(
-                f"{where} (weight={part.weight}, activation={part.activation}, group_size={part.group_size})"
-                f": {on} does not run it; allowed: {', '.join(able)}; the nearest is quant={near}"
-            )
-    for leaf in ("embedding", "head"):
-        if getattr(quant, leaf) not in device.embedding_formats:
-            words = f"{' or '.join(device.embedding_formats)}: {on} runs no other"
-            raise expected(f"quant.{leaf}", getattr(quant, leaf), words)
-    if config.kv.format not in device.kv_formats:
-        kv_able = [name for name, preset in presets("kv").items() if preset["format"] in device.kv_formats]
-        near = min(kv_able, key=lambda name: (name == "none", name), default=None)
-        raise InputError(
-            f"kv.format={config.kv.format}: {on} does not run it; allowed: {', '.join(kv_able)}; "
-            f"the nearest is kv={near}"
-        )
-
-
-def _distance(preset: dict[str, Any], quant: Any, algorithm: str) -> tuple[int, bool, bool, bool]:
-    """How far a preset is from what was asked: bits of a weight first, then its format, then the rest."""
-    bits = {"none": 16, "fp8": 8, "int8": 8, "int4": 4, "nvfp4": 4}
-    return (
-        abs(bits[preset["weight"]] - bits[quant.weight]),
-        preset["weight"] != quant.weight,
-        preset["activation"] != quant.activation,
-        preset["algorithm"] == "max" if preset["weight"] != quant.weight else preset["algorithm"] != algorithm,
-    )
-
-
-@functools.cache
-def presets(group: str) -> dict[str, dict[str, Any]]:
-    """The options of a group by name, as their files say."""
-    return {name: _option(group, name) for name in options(group)}
-
-
-def _option(group: str, name: str) -> dict[str, Any]:
-    """What one file says over the files of its group that it names under `defaults`."""
-    own = yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text())
-    found: dict[str, Any] = {}
-    for unit in own.pop("defaults", ["_self_"]):
-        found |= own if unit == "_self_" else _option(group, unit)
-    return found

@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from megatron_edge.config import (
-    GROUPS,
-    QuantConfig,
-    RunConfig,
-    build_record,
-    check_same_run,
-    expected,
-    from_yaml,
-    refuse_unknown,
-    with_derived,
-)
+from megatron_edge import templates
+from megatron_edge.config import GROUPS, QuantConfig, RunConfig, check_same_run, from_yaml, with_derived
 from megatron_edge.contracts import InputError
+from megatron_edge.leaves import build_record, expected, refuse_unknown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -107,7 +99,10 @@ def leaves() -> dict[str, dataclasses.Field[Any]]:
 
 
 def _check_key(key: str, values: list[Any]) -> None:
-    """Raises InputError unless `key` is a leaf, or a group and each of `values` one of its options."""
+    """Raises InputError unless `key` is a leaf, or a group and each of `values` one of its options, or a template's
+    field (`compose` refuses those, once it knows the device)."""
+    if key not in leaves() and templates.field_of(key):
+        return
     if key in (*GROUPS, "scenario"):
         for value in values:
             if value not in options(key):
@@ -150,8 +145,11 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = []
+    overrides, foreign = [], None
     for override in _parse(arguments):
+        if override.key_or_group not in leaves() and templates.field_of(override.key_or_group):
+            foreign = foreign or override
+            continue
         if override.is_sweep_override():
             raise InputError(f"{override.input_line!r} are several runs: add -m, under plain python")
         key = override.key_or_group
@@ -161,9 +159,12 @@ def compose(arguments: Sequence[str]) -> RunConfig:
         overrides.append("model=custom")  # the preset's label and revision belong to the preset's source
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            return from_hydra(hydra_compose("run", overrides=overrides), chosen)
+            composed = from_hydra(hydra_compose("run", overrides=overrides), chosen)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(" ".join(str(error).split())) from None
+    if foreign is not None:
+        raise templates.refusal(foreign.key_or_group, foreign.input_line.partition("=")[2], composed)
+    return composed
 
 
 def compose_over_run(arguments: Sequence[str]) -> RunConfig:

@@ -7,21 +7,16 @@ defaults live in conf/, nowhere else. Everything that is wrong is an `InputError
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import types
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import yaml
 
 from megatron_edge.contracts import DeviceProfile, InputError
-
-if TYPE_CHECKING:
-    pass
+from megatron_edge.leaves import build_record, expected, leaf
 
 Target = Literal["modelopt", "compressed_tensors", "hf"]
 
@@ -37,21 +32,10 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench",
+    "budget", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
     "train.cuda_graph",
 )  # fmt: skip
-
-
-def leaf(
-    doc: str, low: float | None = None, high: float | None = None, derived: bool = False, default: Any = MISSING
-) -> Any:
-    """A field without default (conf/ holds the defaults), with its meaning and its inclusive range.
-
-    `derived`: null in conf/ is filled in from other leaves; the record itself never holds None there. `default` is for
-    the records of a list, which conf/ does not hold.
-    """
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "derived": derived})
 
 
 @dataclass(frozen=True)
@@ -181,6 +165,17 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    memory_bytes: int | None = leaf(
+        "bytes that all of it may take on the device; null is what its system leaves", low=1
+    )
+    power_w: float | None = leaf("watts that the device is held to; null is device.power_w", low=0.0)
+    latency_ms_per_token: float | None = leaf(
+        "longest time to a sequence's next token, with all sequences at export's limits; null promises none", low=0.0
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     tasks: list[str] = leaf("multiple choice: boolq, piqa, openbookqa, ... or *.jsonl files; [] is perplexity alone")
     limit: int | None = leaf("questions of each task, spread evenly over it; null is all", low=2)
@@ -226,78 +221,12 @@ class RunConfig:
     export: ExportConfig
     eval: EvalConfig
     device: DeviceProfile
+    budget: BudgetConfig
     search: SearchConfig
     bench: BenchConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)
-
-
-def refuse_unknown(field: str, key: str, allowed: Iterable[str]) -> InputError:
-    known = sorted(allowed)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return InputError(f"{field}: unknown{hint} (allowed: {', '.join(known)})")
-
-
-def expected(field: str, value: Any, allowed: str) -> InputError:
-    return InputError(f"{field}={value!r}: allowed is {allowed}")
-
-
-def _leaf_value(field: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, without guessing: a number is not read out of text, nor text out of a number."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        if value not in args or isinstance(value, bool):
-            near = difflib.get_close_matches(str(value), args, n=1, cutoff=0.5)
-            raise expected(field, value, "one of " + ", ".join(args) + (f"; did you mean {near[0]!r}?" if near else ""))
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _leaf_value(field, value, next(a for a in args if a is not type(None)))
-    if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            raise expected(field, value, "a list, such as [a,b]")
-        if dataclasses.is_dataclass(args[0]):
-            return origin(build_record(args[0], v, f"{field}[{i}]") for i, v in enumerate(value))  # type: ignore[arg-type]
-        return origin(_leaf_value(f"{field}[{i}]", v, args[0]) for i, v in enumerate(value))
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind is not float and type(value) is kind:
-        return value
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text (quote it if need be)"}
-    raise expected(field, value, words[kind])
-
-
-def build_record(cls: type, data: Any, path: str) -> Any:
-    """Build dataclass `cls` out of nested dicts; every key must be a field and every field a key."""
-    prefix = f"{path}." if path else ""
-    if not isinstance(data, dict):
-        raise expected(path, data, f"a group with the keys {', '.join(f.name for f in dataclasses.fields(cls))}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise refuse_unknown(f"{prefix}{key}", str(key), fields)
-    values: dict[str, Any] = {}
-    for name, kind in get_type_hints(cls).items():
-        field = f"{prefix}{name}"
-        if name not in data and fields[name].default is not MISSING:
-            values[name] = fields[name].default
-            continue
-        if name not in data or data[name] == "???":
-            raise InputError(f"{field}: no value is given, and it has no default")
-        if data[name] is None and fields[name].metadata.get("derived"):
-            values[name] = None
-            continue
-        if dataclasses.is_dataclass(kind):
-            values[name] = build_record(kind, data[name], field)  # type: ignore[arg-type]
-            continue
-        value = values[name] = _leaf_value(field, data[name], kind)
-        if value == "" and name != "scenario":
-            raise expected(field, value, "text that is not empty")
-        low, high = (fields[name].metadata.get(k) for k in ("low", "high"))
-        if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
-            raise expected(field, value, f"at least {low}" + (f" and at most {high}" if high is not None else ""))
-    return cls(**values)
 
 
 def with_derived(config: RunConfig) -> RunConfig:

@@ -233,12 +233,24 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class PowerMode:
+    """One mode that a device can be set to: what it draws at most, and its memory bandwidth there (null: the device's
+    own)."""
+
+    power_w: float
+    bandwidth_bytes_per_second: int | None = None
+
+
+@dataclass(frozen=True)
 class DeviceProfile:
     """A device and the runtime that is to run the artifact on it.
 
     `weight_formats`, `activation_formats`, `kv_formats` and `embedding_formats` (also of the output layer) list what
-    `runtime` really runs on this device;
-    `reserved_bytes` is what the operating system keeps, `overhead_bytes` what the runtime takes for itself.
+    `runtime` really runs on this device; of `repacked_formats` it keeps linear layers a second time, in an order of its
+    own. `reserved_bytes` is what the operating system keeps, `overhead_bytes` what the runtime takes for itself.
+    `power_w` is what the device is held to, which its largest of `power_modes` within that obeys. `decode_efficiency`
+    is the share of the bandwidth that decoding attains. `compute_capability` is CUDA's, times ten (87: sm87); null
+    where nothing runs on CUDA. `sources` says where each of these comes from, by its name.
     """
 
     name: str
@@ -247,18 +259,25 @@ class DeviceProfile:
     reserved_bytes: int
     overhead_bytes: int
     bandwidth_bytes_per_second: int
+    decode_efficiency: float
     power_w: float
+    power_modes: tuple[PowerMode, ...]
+    compute_capability: int | None
     weight_formats: tuple[str, ...]
     activation_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
     embedding_formats: tuple[str, ...]
     group_sizes: tuple[int, ...]
-    source: str
+    repacked_formats: tuple[str, ...]
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device; `budget_bytes` is memory less what the system keeps."""
+    """Bytes on the device. `weights_bytes` are the artifact's, `layout_bytes` what the runtime's own layout of them
+    takes more (or less); `draft_bytes` a draft's for speculative decoding. `evictable_bytes` lie in memory too but are
+    never read again, such as a mapped file whose weights were repacked: part of what a process shows as resident, not
+    of what it needs. `budget_bytes` is memory less what the system keeps, or budget.memory_bytes."""
 
     weights_bytes: int
     kv_bytes: int
@@ -267,10 +286,18 @@ class MemoryPlan:
     budget_bytes: int
     max_batch: int
     max_seq_len: int
+    layout_bytes: int = 0
+    draft_bytes: int = 0
+    evictable_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.activations_bytes + self.workspace_bytes
+        weights = self.weights_bytes + self.layout_bytes + self.draft_bytes
+        return weights + self.kv_bytes + self.activations_bytes + self.workspace_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.total_bytes + self.evictable_bytes
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Byte arithmetic: what an artifact takes on its device, what training takes on each rank. No tensors, no measuring.
+"""Byte arithmetic: what an artifact weighs, what training takes on each rank. No tensors, no measuring.
 
-In: a RunConfig (its precision settled, not "auto") and a model's checked config.json (model/hf_config.py). Out: records
-of bytes, or a refusal before anything is spent. Weights and KV cache are exact (artifact/formats.py has the bytes of
-each format); activations are estimates, and each function says of what.
+In: a RunConfig (its precision settled, not "auto") and a model's checked config.json (model/hf_config.py). Out: bytes.
+Weights and KV cache are exact (artifact/formats.py has the bytes of each format); activations are counted operation by
+operation, and each function says which. deployment.py has what the artifact takes on its device.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from typing import Any
 from megatron_edge.artifact.formats import STATIC_KV_FORMATS, kv_storage_bytes, storage_bytes
 from megatron_edge.artifact.tables import Table, tables_of
 from megatron_edge.checks import layers_per_chunk
-from megatron_edge.config import RunConfig
-from megatron_edge.contracts import DeviceProfile, InputError, MemoryPlan, ParallelPlan, QuantRule
-from megatron_edge.families import all_rules, dims_of, expected_tensors, hf_shape, rules_of
+from megatron_edge.config import RunConfig, parts_of
+from megatron_edge.contracts import ParallelPlan, QuantRule
+from megatron_edge.families import ModelDims, all_rules, dims_of, expected_tensors, hf_shape, rules_of
 from megatron_edge.recipe import quant_rules, rule_of
 
-PREFILL_CHUNK_TOKENS = 512  # llama.cpp's n_ubatch; other runtimes read a prompt in chunks as well
 DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
 DISTILL_CHUNKS = 8  # buffers of that size: train/distill.py
-DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+ACTIVATION_BYTES = {"bf16": 2, "fp32": 4}  # what layers calculate in, by train.precision
+# Of each trained parameter, by train.precision: its weight, its gradient (DDP's fp32 buffer), and what Adam keeps of it
+# (two fp32 moments, under bf16 the fp32 weight too).
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Linear:
     name: str
     shape: tuple[int, int]
     module: str
+
+    @property
+    def is_expert(self) -> bool:
+        return ".local_experts." in self.module
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one rank of one pipeline stage; `activations_bytes` is an estimate. `teacher_bytes` are a teacher's
+    """Bytes on one rank of one pipeline stage. `activations_bytes` are what backward needs and what it makes meanwhile;
+    `quantizers_bytes` the fake-quantised weights of a step and the maxima behind them; `teacher_bytes` a teacher's
     weights, what one layer of it makes, and what the distillation keeps of it."""
 
     stage: int
@@ -63,11 +72,12 @@ class TrainingMemory:
     optimizer_bytes: int
     activations_bytes: int
     teacher_bytes: int = 0
+    quantizers_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        own = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
-        return own + self.teacher_bytes
+        kept = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.teacher_bytes
+        return kept + self.activations_bytes + self.quantizers_bytes
 
 
 def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
@@ -86,43 +96,51 @@ def linears(hf_config: Mapping[str, Any]) -> tuple[Linear, ...]:
     )
 
 
+def distinct_linears(hf_config: Mapping[str, Any]) -> list[tuple[Linear, int]]:
+    """The linear layers of one decoder layer and how many there are of each: the first expert's stand for all experts',
+    which have one format (recipe.py)."""
+    num_experts = dims_of(hf_config).num_experts
+    found = [one for one in linears(hf_config) if not one.is_expert or ".local_experts.0." in one.module]
+    return [(one, num_experts if one.is_expert else 1) for one in found]
+
+
 def count_parameters(hf_config: Mapping[str, Any]) -> ParameterCount:
     rules, dims = rules_of(hf_config), dims_of(hf_config)
     embedding = dims.vocab_size * dims.hidden_size
     everything = sum(math.prod(shape) for shape in expected_tensors(rules, dims).values())
     of_layer = linears(hf_config)
-    inside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer if ".local_experts." in one.module)
+    inside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer if one.is_expert)
     outside = dims.num_layers * sum(math.prod(one.shape) for one in of_layer) - inside
     head = 0 if dims.tied else embedding
     return ParameterCount(embedding, outside, inside, everything - embedding - head - outside - inside, head)
 
 
-def linear_bytes(linear: Linear, layer: int, rules: tuple[QuantRule, ...], excluded: list[str], dtype: str) -> int:
-    """Bytes of one linear layer in the artifact, its scales included; `dtype` where it stays unquantised. `rules` are
-    the recipe's (recipe.quant_rules)."""
+def linear_bytes(linear: Linear, layer: int, rules: tuple[QuantRule, ...], excluded: list[str]) -> int:
+    """Bytes of one linear layer in the artifact, its scales included; bf16 where it stays unquantised. `rules` are the
+    recipe's (recipe.quant_rules)."""
     rule = rule_of(f"decoder.layers.{layer}.{linear.module}", rules, excluded)
     if rule is None:
-        return storage_bytes(dtype, linear.shape)
+        return storage_bytes("bf16", linear.shape)
     input_scale = 4 if rule.activation != "none" else 0
     return storage_bytes(rule.weight, linear.shape, rule.group_size) + input_scale
 
 
-def table_bytes(table: Table, dtype: str) -> int:
-    """Bytes of an embedding or an output layer in the artifact, its scales included; `dtype` where it is left alone."""
+def table_bytes(table: Table) -> int:
+    """Bytes of an embedding or an output layer in the artifact, its scales included."""
     if table.format == "bf16":
-        return storage_bytes(dtype, table.shape)
+        return storage_bytes("bf16", table.shape)
     return storage_bytes(table.format, table.shape, table.group_size)
 
 
 def weights_bytes(config: RunConfig, hf_config: Mapping[str, Any]) -> int:
-    """Bytes of all tensors of the canonical artifact: linears and tables in their format, the rest in the training
-    dtype."""
-    dtype, count = config.train.precision, count_parameters(hf_config)
+    """Bytes of all tensors of the canonical artifact: linears and tables in their format, the rest in bf16, whatever
+    they were trained in."""
     rules, excluded = quant_rules(config.quant, hf_config), config.quant.exclude
-    total = count.others * DTYPE_BYTES[dtype]
-    total += sum(table_bytes(table, dtype) for table in tables_of(config.quant, hf_config))
+    total = count_parameters(hf_config).others * 2
+    total += sum(table_bytes(table) for table in tables_of(config.quant, hf_config))
+    counted = distinct_linears(hf_config)
     for layer in range(hf_config["num_hidden_layers"]):
-        total += sum(linear_bytes(linear, layer, rules, excluded, dtype) for linear in linears(hf_config))
+        total += sum(count * linear_bytes(linear, layer, rules, excluded) for linear, count in counted)
         total += 8 if config.kv.format in STATIC_KV_FORMATS else 0  # k_scale and v_scale
     return total
 
@@ -140,91 +158,39 @@ def kv_bytes(fmt: str, hf_config: Mapping[str, Any], batch: int, seq_len: int) -
     return kv_storage_bytes(fmt, values)
 
 
-def device_activations_bytes(hf_config: Mapping[str, Any], batch: int, seq_len: int) -> int:
-    """Estimate: one chunk of a prompt inside one layer in fp32, with its attention scores, and a row of logits each."""
-    hidden, ffn, width = hf_config["hidden_size"], hf_config["intermediate_size"], hf_config["head_dim"]
-    heads, kv_heads = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
-    tokens = min(PREFILL_CHUNK_TOKENS, batch * seq_len)
-    row = 2 * hidden + (2 * heads + 2 * kv_heads) * width + heads * seq_len + 3 * ffn
-    return 4 * (tokens * row + batch * hf_config["vocab_size"])
-
-
-def plan(config: RunConfig, hf_config: Mapping[str, Any]) -> MemoryPlan:
-    """Bytes on the device at its limits: export.max_batch_size sequences of export.max_seq_len tokens (at most the
-    model's own context)."""
-    export, device = config.export, config.device
-    seq_len = min(export.max_seq_len, hf_config["max_position_embeddings"])
-    return MemoryPlan(
-        weights_bytes=weights_bytes(config, hf_config),
-        kv_bytes=kv_bytes(config.kv.format, hf_config, export.max_batch_size, seq_len),
-        activations_bytes=device_activations_bytes(hf_config, export.max_batch_size, seq_len),
-        workspace_bytes=device.overhead_bytes,
-        budget_bytes=device.memory_bytes - device.reserved_bytes,
-        max_batch=export.max_batch_size,
-        max_seq_len=seq_len,
-    )
-
-
-def refuse_if_over(needed: MemoryPlan, device: DeviceProfile) -> None:
-    """Raises InputError with the bytes of each part where the plan exceeds the budget, and with what would fit."""
-    over = needed.total_bytes - needed.budget_bytes
-    if over <= 0:
-        return
-    parts = (
-        ("weights", needed.weights_bytes),
-        ("KV cache", needed.kv_bytes),
-        ("activations", needed.activations_bytes),
-        ("runtime", needed.workspace_bytes),
-    )
-    left = needed.budget_bytes - (needed.total_bytes - needed.kv_bytes)
-    fitting = left * needed.max_seq_len // needed.kv_bytes
-    advice = (
-        f"export.max_seq_len of at most {fitting} with export.max_batch_size={needed.max_batch}"
-        if fitting > 0
-        else "a smaller model, or a narrower quant="
-    )
-    raise InputError(
-        f"device={device.name}: {needed.total_bytes:,} bytes ({', '.join(f'{name} {size:,}' for name, size in parts)}) "
-        f"exceed its budget of {needed.budget_bytes:,} bytes by {over:,}; allowed: {advice}"
-    )
-
-
 def training_plan(
     config: RunConfig,
     hf_config: Mapping[str, Any],
     layout: ParallelPlan,
     teacher: Mapping[str, Any] | None = None,
 ) -> tuple[TrainingMemory, ...]:
-    """Bytes per rank, one entry per pipeline stage: DDP with fp32 gradients, Adam, bf16 with fp32 main weights, and a
-    teacher of the config.json `teacher` where there is one."""
+    """Bytes per rank, one entry per pipeline stage, and a teacher of the config.json `teacher` where there is one."""
     train = config.train
     micro_batches = max(1, train.global_batch // (train.micro_batch * layout.dp))
     expert_copies = layout.world_size // (layout.pp * layout.ep * layout.etp)
+    per_weight, per_parameter = WEIGHT_BYTES[train.precision], OPTIMIZER_BYTES[train.precision]
     stages = []
     for stage in range(layout.pp):
-        last = stage == layout.pp - 1
         layers, dense, experts, ends = _stage_parameters(hf_config, layout, stage)
         parameters = layers * (dense + experts) + ends
-        trained, per_parameter, weights = (layers * dense + ends, layers * experts), 12, parameters
+        trained, weights = (layers * dense + ends, layers * experts), parameters
         if train.lora_rank is not None:  # fp32 adapters; a layer's parameter is its merged weight, beside W0
             (dense, experts), (base, expert_base) = _adapter_parameters(hf_config, layout, train.lora_rank)
-            trained, per_parameter = (layers * dense, layers * experts), 8
+            trained, per_parameter = (layers * dense, layers * experts), OPTIMIZER_BYTES["fp32"]
             weights += layers * (base + expert_base)
-        elif train.precision == "fp32":
-            per_parameter = 8
         split = config.parallel.distributed_optimizer
         kept = trained[0] // (layout.dp * layout.cp if split else 1) + trained[1] // (expert_copies if split else 1)
-        adapters = 0 if train.lora_rank is None else 4 * sum(trained)
-        in_flight = min(layout.pp - stage, micro_batches)
+        adapters = 0 if train.lora_rank is None else WEIGHT_BYTES["fp32"] * sum(trained)
         stages.append(
             TrainingMemory(
                 stage=stage,
                 parameters=parameters,
-                weights_bytes=weights * DTYPE_BYTES[train.precision] + adapters,
-                gradients_bytes=sum(trained) * 4,
+                weights_bytes=weights * per_weight + adapters,
+                gradients_bytes=sum(trained) * GRADIENT_BYTES,
                 optimizer_bytes=kept * per_parameter if train.steps else 0,
-                activations_bytes=_training_activations_bytes(config, hf_config, layout, layers, in_flight, last),
+                activations_bytes=_stage_activations_bytes(config, hf_config, layout, stage, micro_batches),
                 teacher_bytes=0 if teacher is None else _teacher_bytes(config, teacher, layout, stage, micro_batches),
+                quantizers_bytes=_quantizers_bytes(config, hf_config, layout, stage),
             )
         )
     return tuple(stages)
@@ -248,7 +214,7 @@ def _teacher_bytes(
 ) -> int:
     """A teacher's weights, the activations of one of its layers (an estimate), and on the last stage the hidden states
     that it leaves for each micro-batch and the chunks of logits."""
-    train, size = config.train, DTYPE_BYTES[config.train.precision]
+    train, size = config.train, ACTIVATION_BYTES[config.train.precision]
     layers, dense, experts, ends = _stage_parameters(teacher, layout, stage)
     kept = 0
     if stage == layout.pp - 1:
@@ -257,8 +223,9 @@ def _teacher_bytes(
         logits = train.micro_batch * train.seq_length_tokens // layout.cp * teacher["vocab_size"] // layout.tp
         kept = tokens * teacher["hidden_size"] * size + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, 4 * logits)
         kept += size * logits  # the student's gradient, which is made with the loss
-    inside = _training_activations_bytes(config, teacher, layout, layers=1, in_flight=1, last=False)
-    return (layers * (dense + experts) + ends) * size + inside + kept
+    tokens = train.micro_batch * train.seq_length_tokens // layout.cp
+    inside = tokens * layer_activations_bytes(config, dims_of(teacher), layout)
+    return (layers * (dense + experts) + ends) * WEIGHT_BYTES[train.precision] + inside + kept
 
 
 def _layer_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan) -> tuple[int, int]:
@@ -290,28 +257,95 @@ def _adapter_parameters(
     return (trained[False], trained[True] // layout.ep), (adapted[False], adapted[True] // layout.ep)
 
 
-def _training_activations_bytes(
-    config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, layers: int, in_flight: int, last: bool
-) -> int:
-    """Estimate of what backward needs: the inputs of each operation of `layers` layers for every micro batch in flight
-    (of one layer, and the input of every other, where layers are recomputed), and fp32 logits with their gradient on
-    the last stage.
+def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int) -> int:
+    """Fake-quantised weights of a stage, which one step keeps (quantize/apply.py: constant_weights), and int4's fp32
+    maxima of each group."""
+    dims, first, last = dims_of(hf_config), stage == 0, stage == layout.pp - 1
+    rules, size = quant_rules(config.quant, hf_config), WEIGHT_BYTES[config.train.precision]
+    counts = layers_per_chunk(dims.num_layers, layout)
+    mine = {
+        layer
+        for chunk in range(stage, len(counts), layout.pp)
+        for layer in range(sum(counts[:chunk]), sum(counts[: chunk + 1]))
+    }
+    total = 0.0
+    for linear in all_rules(rules_of(hf_config), replace(dims, num_experts=min(dims.num_experts, 1))):
+        if not linear.is_linear or int(linear.pattern.split(".")[2]) not in mine:
+            continue
+        rule = rule_of(linear.module, rules, config.quant.exclude)
+        if rule is not None:  # experts of a layer have one format: the first stands for all
+            weights = sum(math.prod(hf_shape(target, linear, dims)) for target in linear.targets)
+            share = dims.num_experts / (layout.etp * layout.ep) if linear.is_expert else 1 / layout.tp
+            total += weights * share * (size + (4 / rule.group_size if rule.weight == "int4" else 0))
+    for table in tables_of(config.quant, hf_config):
+        here = last if table.module == "output_layer" else first or (last and dims.tied)
+        if table.format != "bf16" and here:
+            per_weight = size + (4 / table.group_size if table.format == "int4" else 0)
+            total += math.prod(table.shape) / layout.tp * per_weight
+    return int(total)
 
-    After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, SwiGLU, GQA, no dropout.
+
+def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: ParallelPlan) -> int:
+    """What backward needs of one layer for one token of a rank's part of the text: the tensors that torch's autograd
+    keeps of model/layers.py and Megatron's MLP, one by one. Routed tokens are taken to spread evenly over experts.
+
+    After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, RoPE, grouped queries,
+    fused attention, SwiGLU and experts, without dropout.
     """
-    train, dims, recompute = config.train, dims_of(hf_config), config.parallel.recompute
+    size, sequence = ACTIVATION_BYTES[config.train.precision], layout.tp if layout.sequence_parallel else 1
+    norms = 2 * _norm_bytes(dims, size) // sequence
+    heads, kv_heads = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    rotary = size * 4 * dims.head_dim  # sine and cosine, for queries and for keys
+    if config.parallel.recompute == "selective":  # query, key, what value is a view of (all three), and the result
+        attention, mask = size * 3 * (heads + kv_heads), 0
+    else:  # query and result; key and value (of all context ranks) for each head; log of the sums
+        attention = size * heads * (2 + 2 * layout.cp) + 4 * dims.num_heads
+        mask = size * config.train.seq_length_tokens  # in the activations' dtype
+    if any(part.activation != "none" for _, part in parts_of(config.quant)):
+        attention += size * heads  # the projection keeps its rounded input beside the result
+    # gate and up, silu(gate), up with Megatron's offset of 0, their product
+    mlp = size * 5 * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
+    # an expert's input and its output before the router's weight
+    routed = size * 2 * dims.experts_per_token * dims.hidden_size * layout.etp
+    return norms + rotary + mask + (attention + mlp + routed) // layout.tp
+
+
+def _norm_bytes(dims: ModelDims, size: int) -> int:
+    """Of one token: a norm's input in fp32, 1 / rms, what the weight multiplies, and the result."""
+    return dims.hidden_size * (4 + size + size) + 4
+
+
+def _stage_activations_bytes(
+    config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int, micro_batches: int
+) -> int:
+    """All that a stage holds at the peak of backward: what it keeps of every micro batch in flight (of one layer, and
+    the input of every other, where layers are recomputed), on the last stage the logits, and what the backward of one
+    layer makes meanwhile: gradients of what it kept, and the largest gradient of a weight."""
+    train, dims = config.train, dims_of(hf_config)
+    last, size = stage == layout.pp - 1, ACTIVATION_BYTES[train.precision]
     tokens = train.micro_batch * train.seq_length_tokens // layout.cp
     sequence = layout.tp if layout.sequence_parallel else 1
-    replicated = 4 * dims.hidden_size // sequence  # inputs of two norms, qkv and fc1
-    norms_fp32 = 2 * 4 * dims.hidden_size // sequence  # a norm works in fp32
-    # q, k, v before and after RoPE, and the attention scores
-    attention = (3 * dims.num_heads + 4 * dims.num_kv_heads) * dims.head_dim
-    attention += 0 if recompute == "selective" else 2 * dims.num_heads * train.seq_length_tokens
-    # gate, up, silu(gate), their product
-    mlp = 4 * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
-    size = DTYPE_BYTES[train.precision]
-    per_token = size * (replicated + (attention + mlp) // layout.tp) + norms_fp32
-    logits = 2 * 4 * tokens * dims.vocab_size // layout.tp if last else 0
-    if recompute == "full":
-        return tokens * (per_token + layers * in_flight * size * dims.hidden_size // sequence) + logits
-    return layers * tokens * per_token * in_flight + logits
+    per_layer = layer_activations_bytes(config, dims, layout)
+    own_layers = sum(layers_per_chunk(dims.num_layers, layout)[stage :: layout.pp])
+    layers = _layers_in_flight(own_layers, layout, stage, micro_batches)
+    kept = per_layer * layers
+    if config.parallel.recompute == "full":
+        kept = per_layer + layers * size * dims.hidden_size // sequence
+    if last:
+        # Logits, and softmax in fp32 (in the place of fp32 logits); a distillation keeps its own (_teacher_bytes).
+        softmax = 0 if train.mode == "qad" or size == 4 else 4
+        kept += (size + softmax) * dims.vocab_size // layout.tp
+        kept += _norm_bytes(dims, size) // sequence
+    largest = 2 * dims.ffn_hidden_size * dims.hidden_size
+    if stage == 0 or last:
+        largest = max(largest, dims.vocab_size * dims.hidden_size)
+    return tokens * (kept + per_layer) + size * largest // layout.tp
+
+
+def _layers_in_flight(layers: int, layout: ParallelPlan, stage: int, micro_batches: int) -> int:
+    """Layers x micro batches whose activations a stage of `layers` layers holds at once, under Megatron's 1F1B
+    schedule, and under its interleaved one where a stage has several chunks."""
+    if layout.vpp == 1:
+        return layers * min(layout.pp - stage, micro_batches)
+    chunks = min(2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1, micro_batches * layout.vpp)
+    return -(-layers * chunks // layout.vpp)

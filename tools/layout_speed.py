@@ -1,6 +1,8 @@
-"""Tokens per second, model FLOPs utilisation and peak memory of a training step, layout by layout.
+"""Tokens per second, model FLOPs utilisation and peak memory of a training step, layout by layout; and that memory as
+megatron_edge/memory.py plans it.
 
 torchrun --nproc-per-node 2 tools/layout_speed.py [--model experts] [--layouts TP2SP PP2 DP2DO CP2] [--quant nvfp4]
+python -m torch.distributed.run --nproc-per-node 1 tools/layout_speed.py --recompute full --train qad --quant int4
 
 A model of the 1B class with random weights, bf16, on random tokens; each layout that the started processes suit runs
 the same global batch (per data-parallel rank the same, where --weak). One table: the first losses, which every layout
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--model", choices=("dense", "experts"), default="dense")
     parser.add_argument("--layouts", nargs="+", default=[REFERENCE], help=f"{REFERENCE}: one process does it all")
     parser.add_argument("--quant", default="none", help="a preset of conf/quant")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--train", choices=("qat", "qad"), default="qat", help="qad: with a teacher of the same sizes")
     parser.add_argument("--backend", choices=("local", "te"), default="local")
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--seq-length-tokens", type=int, default=2048)
@@ -55,10 +59,11 @@ def main() -> None:
     rows = [measure(chosen, layout, store, rank) for layout in chosen.layouts]
     if rank == 0:
         print(f"{chosen.model} {chosen.quant} {chosen.backend}, {world} processes, {chosen.seq_length_tokens} tokens")
-        print(f"{'layout':16}{'tokens/s':>10}{'per rank':>10}{'MFU':>8}{'GiB':>8}  losses")
+        print(f"{'layout':16}{'tokens/s':>10}{'per rank':>10}{'MFU':>8}{'GiB':>8}{'planned':>8}  losses")
         for row in rows:
+            losses = " ".join(f"{loss:.5f}" for loss in row["losses"][:4])
             print(f"{row['layout']:16}{row['speed']:10,.0f}{row['speed'] / row['ranks']:10,.0f}{row['mfu']:8.3f}"
-                  f"{row['gib']:8.2f}  {' '.join(f'{loss:.5f}' for loss in row['losses'][:4])}")  # fmt: skip
+                  f"{row['gib']:8.2f}{row['planned']:8.2f}  {losses}")  # fmt: skip
 
 
 def measure(chosen: argparse.Namespace, layout: str, store: Any, rank: int) -> dict[str, Any]:
@@ -86,12 +91,13 @@ def measure(chosen: argparse.Namespace, layout: str, store: Any, rank: int) -> d
 
 
 def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, Any]:
-    from megatron_edge.compose import compose
+    from megatron_edge.memory import training_plan
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.hf_config import checked_config
     from megatron_edge.quantize import apply, policy
     from megatron_edge.train import step
     from megatron_edge.train.data import Batch
+    from megatron_edge.train.distill import Distillation
 
     raw = dict(DENSE if chosen.model == "dense" else EXPERTS)
     raw |= {"num_hidden_layers": chosen.layers} if chosen.layers else {}
@@ -99,10 +105,10 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
             "vocab_size": 1024} if chosen.hidden else {}  # fmt: skip
     hf_config, length = checked_config(raw, "the benchmark's model"), chosen.seq_length_tokens
     device = session.device
-    model = build_model(hf_config, session.plan, torch.bfloat16, device, backend=chosen.backend)
+    model = build_model(hf_config, session.plan, torch.bfloat16, device, chosen.recompute, backend=chosen.backend)
     load_weights(model, _random_weights(device), hf_config, session)
-    config = compose([f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0"])
     batch = chosen.global_batch * (session.plan.dp if chosen.weak else 1)
+    config = configured(chosen, layout, batch)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, hf_config["vocab_size"], (batch, length), generator=generator)
     places = torch.arange(length).expand_as(ids)
@@ -117,19 +123,39 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
         model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO")
     )
     step.learning_rate_schedule(optimizer, config.train).step(1)
+    objective: step.Objective = step.LABELS
+    if chosen.train == "qad":
+        teacher = build_model(hf_config, session.plan, torch.bfloat16, device, chosen.recompute, backend=chosen.backend)
+        load_weights(teacher, _random_weights(device), hf_config, session)
+        objective = Distillation(teacher, config.train, session)
     losses, seconds = [], []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(chosen.steps):
         began = time.perf_counter()
-        losses.append(step.train_step(wrapped, optimizer, mine, session).loss)  # ends with a reduction over all ranks
+        # ends with a reduction over all ranks
+        losses.append(step.train_step(wrapped, optimizer, mine, session, objective).loss)
         seconds.append(time.perf_counter() - began)
     speed = batch * length / statistics.median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    taught = hf_config if chosen.train == "qad" else None
+    planned = max(stage.total_bytes for stage in training_plan(config, hf_config, session.plan, taught))
     return {
+        "planned": planned / 2**30,
         "speed": speed, "losses": losses, "gib": max(session.gather(peak)) / 2**30,
         "mfu": speed * flops_per_token(hf_config, length) / (session.plan.world_size * peak_flops(device)),
     }  # fmt: skip
+
+
+def configured(chosen: argparse.Namespace, layout: str, batch: int) -> Any:
+    from megatron_edge.compose import compose
+
+    return compose(
+        [f"train={chosen.train}", f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0",
+         "train.min_learning_rate=1e-6", "train.precision=bf16", f"train.seq_length_tokens={chosen.seq_length_tokens}",
+         f"train.global_batch={batch}", f"parallel.recompute={chosen.recompute}",
+         f"parallel.distributed_optimizer={str(layout.endswith('DO')).lower()}"]
+    )  # fmt: skip
 
 
 def _random_weights(device: torch.device) -> Any:

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_edge import checks, memory
-from megatron_edge.config import RunConfig, expected, refuse_unknown
+from megatron_edge import checks, devices, memory
+from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.families import dims_of
 from megatron_edge.jobs.preflight import check_backend, native_precision, records_steps
 from megatron_edge.jobs.training import DTYPES, job_session
+from megatron_edge.leaves import expected, refuse_unknown
 from megatron_edge.log import console
 from megatron_edge.model.build import build_model, named_shards
 from megatron_edge.model.hf_config import checked_config
@@ -101,7 +102,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     check_backend(config)
     bench, hf_config = config.bench, _hf_config(config)
     checks.check_model_dims(config, hf_config)
-    presets = checks.presets("quant")
+    presets = devices.presets("quant")
     for name in bench.formats:
         if name not in presets:
             raise refuse_unknown(f"bench.formats: {name}", name, presets)
@@ -136,7 +137,7 @@ def _hf_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _quant(config: RunConfig, name: str) -> Any:
-    preset = checks.presets("quant")[name]
+    preset = devices.presets("quant")[name]
     chosen = {key: preset[key] for key in ("name", "weight", "activation", "group_size")}
     return replace(config.quant, **chosen, recipe=[], overrides=[], algorithm="max", calibration="max")
 

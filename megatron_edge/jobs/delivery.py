@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_edge import checkpoint as checkpoints
-from megatron_edge import memory
+from megatron_edge import deployment
 from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, ArtifactWriter, sha256_of_file
 from megatron_edge.config import RunConfig, from_yaml
 from megatron_edge.contracts import (
@@ -216,7 +216,7 @@ def _verify(
     artifact, run_dir = artifact or artifact_dir(config), run_dir or Path(config.run_dir)
     limits = Limits(
         device=config.device,
-        memory=memory.plan(config, hf_config) if hf_config else None,
+        memory=deployment.plan(config, hf_config) if hf_config else None,
         max_loss_rise=config.export.max_loss_rise,
     )
     log.info("verifying %s", artifact)

@@ -10,20 +10,24 @@ import shutil
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from megatron_edge import checks, memory
+from megatron_edge import checks, deployment, memory
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.deployment import Prediction
 from megatron_edge.families import dims_of
 from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
 from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.train.data import load_data
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("megatron_edge")
 
@@ -46,14 +50,15 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     config, layout = _chosen(config, layout, source, teacher)
     _check_model(config, source, teacher, layout)
     checks.layers_per_chunk(source.hf_config["num_hidden_layers"], layout)
-    memory.refuse_if_over(memory.plan(config, source.hf_config), config.device)
+    taught = teacher.hf_config if teacher else None
+    found = _assess(config, source.hf_config, layout, taught)
     _take_run_directory(config)
     seq_length, seed = config.train.seq_length_tokens, config.train.seed
     load_data(config.data, source.tokenizer(), seq_length, seed, Path(config.run_dir) / "data")
     if config.resume == "never":
         _clear(Path(config.run_dir))
     _write_config(config)
-    _write_plan(config, source.hf_config, layout, teacher.hf_config if teacher else None)
+    _write_plan(config, source.hf_config, layout, taught, found)
     return config
 
 
@@ -150,6 +155,43 @@ def rank_memory_bytes(config: RunConfig) -> int:
     return int(psutil.virtual_memory().available) // local_world_size()
 
 
+def _assess(
+    config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan, teacher: dict[str, Any] | None
+) -> Prediction:
+    """What is predicted of the device, with what may yet not hold in the log. Raises InputError where it cannot be."""
+    found = deployment.predict(config, hf_config)
+    deployment.refuse(config, hf_config, found)
+    log.info("%s", summary(config, found))
+    for doubt in (*found.doubts, *training_doubts(config, hf_config, layout, teacher)):
+        log.warning("plan: %s", doubt)
+    return found
+
+
+def summary(config: RunConfig, found: Prediction) -> str:
+    """One line of the log: what the device needs, what it allows, and how fast it is predicted to be."""
+    needed = found.memory
+    return (
+        f"plan: {config.device.name} ({config.device.runtime}) needs {needed.total_bytes / 2**20:,.0f} of "
+        f"{needed.budget_bytes / 2**20:,.0f} MiB for {needed.max_batch} x {needed.max_seq_len} tokens; allows batch "
+        f"{found.largest_batch:,} or context {found.largest_seq_len:,}; predicted {found.ms_per_token:.2f} ms and "
+        f"{found.joules_per_token:.3f} J per token at {found.mode.power_w:g} W"
+    )
+
+
+def training_doubts(
+    config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan, teacher: dict[str, Any] | None
+) -> tuple[str, ...]:
+    """Where a rank is planned to need more than it has: not refused, as its activations are an estimate."""
+    peak = max(stage.total_bytes for stage in memory.training_plan(config, hf_config, layout, teacher))
+    has = rank_memory_bytes(config)
+    if peak <= has:
+        return ()
+    return (
+        f"training: a rank needs {peak / 2**30:.1f} GiB and has {has / 2**30:.1f} (parallel.memory_bytes); "
+        "parallel=auto, parallel.recompute=full or a smaller train.micro_batch need less",
+    )
+
+
 def _take_run_directory(config: RunConfig) -> None:
     """Raises InputError where it cannot be written, holds another run or nothing to resume, or has a job at work."""
     directory = Path(config.run_dir)
@@ -190,13 +232,19 @@ def _write_config(config: RunConfig) -> None:
 
 
 def _write_plan(
-    config: RunConfig, hf_config: dict[str, Any], layout: ParallelPlan, teacher: dict[str, Any] | None
+    config: RunConfig,
+    hf_config: dict[str, Any],
+    layout: ParallelPlan,
+    teacher: dict[str, Any] | None,
+    found: Prediction,
 ) -> None:
-    device = memory.plan(config, hf_config)
+    device, predicted = found.memory, asdict(found)
+    del predicted["memory"]
     training = memory.training_plan(config, hf_config, layout, teacher)
     record = {
         "device": {"name": config.device.name, "runtime": config.device.runtime, **asdict(device)},
         "device_total_bytes": device.total_bytes,
+        "predicted": {**predicted, "tokens_per_second": found.tokens_per_second},
         "training": [{**asdict(stage), "total_bytes": stage.total_bytes} for stage in training],
         "layout": asdict(layout),
     }
@@ -204,37 +252,55 @@ def _write_plan(
 
 
 def plan(config: RunConfig, launch: Launch) -> None:
-    """Prints what the job needs, per training rank and on the device; refuses what does not fit."""
-    from rich.table import Table
-
+    """Prints what the job needs, per training rank and on the device, and what is predicted of it; refuses what does
+    not fit."""
     from megatron_edge.log import console
 
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     source = open_model(config.model)
     teacher = teacher_source(config, source)
+    taught = teacher.hf_config if teacher else None
     config, layout = _chosen(config, replace(launch.plan, world_size=launch.world_size), source, teacher)
     _check_model(config, source, teacher, layout)
-    hf_config = source.hf_config
-    needed = memory.plan(config, hf_config)
-    table = Table(
-        "where",
-        "weights (teacher's too)" if teacher else "weights",
-        "KV / gradients",
-        "activations",
-        "runtime / optimizer",
-        "total",
-        "budget",
-    )
-    mib = 2**20
-    for stage in memory.training_plan(config, hf_config, layout, teacher.hf_config if teacher else None):
-        weights = stage.weights_bytes + stage.teacher_bytes
-        parts = (weights, stage.gradients_bytes, stage.activations_bytes, stage.optimizer_bytes)
-        table.add_row(
-            f"training, stage {stage.stage}", *(f"{part / mib:,.0f}" for part in (*parts, stage.total_bytes)), ""
-        )
-    parts = (needed.weights_bytes, needed.kv_bytes, needed.activations_bytes, needed.workspace_bytes)
-    totals = (needed.total_bytes, needed.budget_bytes)
-    table.add_row(config.device.name, *(f"{part / mib:,.0f}" for part in (*parts, *totals)))
-    table.title = f"MiB for {config.quant.name} on {config.device.name} ({config.device.runtime})"
-    console().print(table)
-    memory.refuse_if_over(needed, config.device)
+    found = deployment.predict(config, source.hf_config)
+    console().print(training_table(memory.training_plan(config, source.hf_config, layout, taught)))
+    console().print(device_table(config, found))
+    for doubt in (*found.doubts, *training_doubts(config, source.hf_config, layout, taught)):
+        log.warning("plan: %s", doubt)
+    deployment.refuse(config, source.hf_config, found)
+
+
+def training_table(stages: tuple[memory.TrainingMemory, ...]) -> Table:
+    """MiB of a rank of each stage."""
+    from rich.table import Table
+
+    parts = ("weights", "gradients", "optimizer", "activations", "quantizers", "teacher", "total")
+    shown = Table("training", *parts, title="MiB on each rank", title_justify="left")
+    for stage in stages:
+        sizes = (getattr(stage, f"{part}_bytes") / 2**20 for part in parts)
+        shown.add_row(f"stage {stage.stage}", *(f"{size:,.0f}" for size in sizes))
+    return shown
+
+
+def device_table(config: RunConfig, found: Prediction) -> Table:
+    """What the device needs and allows, and what is predicted of it."""
+    from rich.table import Table
+
+    needed, device, mib = found.memory, config.device, 2**20
+    shown = Table(
+        f"{device.name} ({device.runtime})", "", title=f"predicted of {config.quant.name}, kv {config.kv.format}",
+        title_justify="left",
+    )  # fmt: skip
+    for name, size in deployment.parts_of_plan(needed).items():
+        if size:
+            shown.add_row(name, f"{size / mib:,.0f} MiB")
+    shown.add_row("needs, of its budget", f"{needed.total_bytes / mib:,.0f} of {needed.budget_bytes / mib:,.0f} MiB")
+    shown.add_row("resident, with files that lie in memory unused", f"{needed.resident_bytes / mib:,.0f} MiB")
+    shown.add_row(f"largest batch of {needed.max_seq_len} tokens", f"{found.largest_batch:,}")
+    shown.add_row(f"largest context of {needed.max_batch} sequences", f"{found.largest_seq_len:,} tokens")
+    shown.add_row("what limits", "\n".join(found.limits))
+    shown.add_row("power mode", f"{found.mode.power_w:g} W")
+    shown.add_row("time per token", f"{found.ms_per_token:.2f} ms (at the whole bandwidth {found.bound_ms:.2f})")
+    shown.add_row("tokens per second, all sequences", f"{found.tokens_per_second:,.1f}")
+    shown.add_row("energy per token, at most", f"{found.joules_per_token:.4f} J")
+    return shown

@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
-from megatron_edge import checks, memory
-from megatron_edge.config import QuantConfig, RunConfig, expected, refuse_unknown, targets_able
+from megatron_edge import checks, devices, memory
+from megatron_edge.config import QuantConfig, RunConfig, targets_able
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs.preflight import check_backend
 from megatron_edge.jobs.training import DTYPES, job_session
+from megatron_edge.leaves import expected, refuse_unknown
 from megatron_edge.log import console
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import open_model
@@ -62,7 +63,7 @@ def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
     Raises:
         InputError: no such preset, or one that cannot be judged layer by layer.
     """
-    presets, found = checks.presets("quant"), {}
+    presets, found = devices.presets("quant"), {}
     for name in config.search.formats:
         if name not in presets:
             raise refuse_unknown(f"search.formats: {name}", name, presets)

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
@@ -312,7 +313,8 @@ def help_text() -> str:
     """Groups with their options, and every leaf with its type and meaning."""
     lines = ["Arguments: group=option  group.field=value  +scenario=name  -m (sweep: a=1,2)  --help", "", "Groups:"]
     for group in (*configuration.GROUPS, "scenario"):
-        lines.append(f"  {group + '=':12}{' | '.join(compose.options(group))}")
+        named = f"  {group + '=':12}{' | '.join(compose.options(group))}"
+        lines += textwrap.wrap(named, 120, subsequent_indent=" " * 14, break_on_hyphens=False)
     lines += ["", "Fields:"]
     for name, field in compose.leaves().items():
         kind = str(field.type).replace("Literal[", "[").replace("', '", "|").replace("'", "")

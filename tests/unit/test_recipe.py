@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_config import SMOLLM2
 
-from megatron_edge import checks, compose, config, memory
+from megatron_edge import checks, compose, config, devices, memory
 from megatron_edge.artifact.formats import effective_group_size, storage_bytes
 from megatron_edge.contracts import InputError
 from megatron_edge.quantize import policy
@@ -195,7 +195,7 @@ def test_experts_of_a_layer_have_one_format(argument: str) -> None:
 
 
 def test_presets_are_what_hydra_composes_of_their_units() -> None:
-    for name, preset in checks.presets("quant").items():
+    for name, preset in devices.presets("quant").items():
         composed = dataclasses.asdict(configured(f"quant={name}").quant)
         assert set(preset) == set(composed), name
         said = {key: value for key, value in preset.items() if value is not None}  # null follows from others

@@ -24,20 +24,12 @@ from megatron_edge.verify.report import Limits, table, verify_artifact
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = DeviceProfile(
-    name="board",
-    runtime="some runtime",
-    memory_bytes=2_000_000_000,
-    reserved_bytes=0,
-    overhead_bytes=0,
-    bandwidth_bytes_per_second=1,
-    power_w=1.0,
-    weight_formats=("int4", "int8", "fp8", "nvfp4"),
-    activation_formats=("fp8", "int8", "nvfp4"),
-    kv_formats=("fp8", "int8", "nvfp4"),
-    embedding_formats=("bf16", "int4"),
-    group_sizes=(64, 128),
-    source="made on the spot",
-)
+    name="board", runtime="some runtime", memory_bytes=2_000_000_000, reserved_bytes=0, overhead_bytes=0,
+    bandwidth_bytes_per_second=1, decode_efficiency=1.0, power_w=1.0, power_modes=(), compute_capability=None,
+    weight_formats=("int4", "int8", "fp8", "nvfp4"), activation_formats=("fp8", "int8", "nvfp4"),
+    kv_formats=("fp8", "int8", "nvfp4"), embedding_formats=("bf16", "int4"), group_sizes=(64, 128),
+    repacked_formats=(), sources={},
+)  # fmt: skip
 MEMORY = MemoryPlan(0, 1000, 1000, 1000, budget_bytes=3_000_000, max_batch=1, max_seq_len=64)
 LIMITS = Limits(DEVICE, MEMORY, max_loss_rise=0.2)
 

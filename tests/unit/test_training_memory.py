@@ -1,0 +1,151 @@
+"""The planner of training memory against what autograd keeps of our own Megatron model, and against peaks on GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_megatron import one_process
+
+from megatron_edge import compose, memory
+from megatron_edge.config import RunConfig
+from megatron_edge.contracts import ParallelPlan
+from megatron_edge.families import dims_of
+from megatron_edge.model.build import build_model, chunks_of, forward
+from megatron_edge.model.hf_config import checked_config
+from megatron_edge.quantize import apply
+from megatron_edge.quantize.policy import make_plan
+from megatron_edge.train.data import Batch
+from megatron_edge.train.step import to_device
+from tools import layout_speed
+
+TOKENS = 64
+DENSE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+    "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+EXPERTS = DENSE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def session() -> Any:
+    with one_process() as opened:
+        yield opened
+
+
+def configured(*arguments: str) -> RunConfig:
+    return compose.compose([f"train.seq_length_tokens={TOKENS}", "train.precision=bf16", *arguments])
+
+
+def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[int, int]:
+    """(bytes that autograd keeps of a forward pass with loss, those of fake-quantised weights among them)."""
+    hf_config, torch_dtype = checked_config(raw, "the test's model"), DTYPES[config.train.precision]
+    model = build_model(hf_config, session.plan, torch_dtype, session.device, config.parallel.recompute).train()
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.05)
+    ids = torch.randint(0, raw["vocab_size"], (1, TOKENS))
+    places, counted = torch.arange(TOKENS)[None], torch.ones_like(ids, dtype=torch.bool)
+    batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), places, counted, ids.roll(-1, 1))
+    plan = make_plan(config.quant, config.kv, hf_config)
+    if plan.rules or plan.kv != "none":
+        apply.calibrate(
+            model,
+            plan,
+            apply.insert_quantizers(model, plan),
+            lambda _: forward(chunks_of(model)[0], to_device(batch, session)),
+        )
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its place would be used again
+        return tensor
+
+    with apply.constant_weights(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(model[0], to_device(batch, session), labels=batch.labels)
+        kept = [module._kept for module in model.modules() if getattr(module, "_kept", None) is not None]
+    weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    activations = sum(size for place, (size, _) in found.items() if place not in weights)
+    return activations, sum(weights.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("raw", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_a_layers_activations_are_what_autograd_keeps(
+    raw: dict[str, Any], precision: str, recompute: str, session: Any
+) -> None:
+    """Two more layers keep two layers' bytes: to the byte, but for the router's and the checkpoint's small tensors."""
+    config = configured(f"train.precision={precision}", f"parallel.recompute={recompute}", "quant=none")
+    two, _ = saved_bytes(raw, config, session)
+    four, _ = saved_bytes(raw | {"num_hidden_layers": 4}, config, session)
+    dims = dims_of(checked_config(raw, "the test's model"))
+    planned = memory.layer_activations_bytes(config, dims, ParallelPlan())
+    if recompute == "full":
+        planned = memory.ACTIVATION_BYTES[precision] * dims.hidden_size
+    assert (four - two) / (2 * TOKENS) == pytest.approx(planned, rel=0.01 if raw is EXPERTS else 1e-4)
+
+
+@pytest.mark.parametrize("arguments", [("quant=nvfp4", "kv=fp8"), ("quant=int4", "quant.embedding=int8")])
+def test_quantizers_keep_a_copy_of_the_weights(arguments: tuple[str, ...], session: Any) -> None:
+    """And of activations no more than without them, but where an input is rounded that attention keeps as well."""
+    config, plain = configured(*arguments), configured("quant=none")
+    before, nothing = saved_bytes(DENSE, plain, session)
+    after, weights = saved_bytes(DENSE, config, session)
+    hf_config = checked_config(DENSE, "the test's model")
+    (planned,) = memory.training_plan(config, hf_config, ParallelPlan())
+    maxima = 4 * memory.count_parameters(hf_config).linears // 64 if config.quant.weight == "int4" else 0
+    assert nothing == 0 and planned.quantizers_bytes - maxima == weights
+    more = [memory.layer_activations_bytes(one, dims_of(hf_config), ParallelPlan()) for one in (plain, config)]
+    assert after - before == pytest.approx(DENSE["num_hidden_layers"] * TOKENS * (more[1] - more[0]), abs=256)
+
+
+# (model, layout, distributed optimizer, GiB): peaks of torch.cuda.max_memory_allocated on two H200s, bf16, 8 sequences
+# of 2048 tokens one by one: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`
+# and the same with `--model experts`.
+MEASURED = [
+    (layout_speed.DENSE, ParallelPlan(), False, 22.1),
+    (layout_speed.DENSE, ParallelPlan(dp=2, world_size=2), True, 16.3),
+    (layout_speed.DENSE, ParallelPlan(pp=2, world_size=2), False, 13.6),
+    (layout_speed.DENSE, ParallelPlan(tp=2, world_size=2, sequence_parallel=True), False, 11.1),
+    (layout_speed.DENSE, ParallelPlan(cp=2, world_size=2), False, 19.9),
+    (layout_speed.EXPERTS, ParallelPlan(), False, 18.8),
+]
+
+
+@pytest.mark.parametrize(("raw", "layout", "distributed", "measured"), MEASURED)
+def test_peaks_on_gpus_are_planned_within_five_percent(
+    raw: dict[str, Any], layout: ParallelPlan, distributed: bool, measured: float
+) -> None:
+    config = compose.compose(["train.precision=bf16", "train.seq_length_tokens=2048", "quant=none"])
+    config = replace(config, parallel=replace(config.parallel, distributed_optimizer=distributed))
+    stages = memory.training_plan(config, checked_config(raw, "the benchmark's model"), layout)
+    assert max(stage.total_bytes for stage in stages) / 2**30 == pytest.approx(measured, rel=0.05)
+
+
+def test_experts_are_counted_once_in_each_layout() -> None:
+    sizes, config = checked_config(EXPERTS, "the test's model"), configured("quant=int4")
+    count = memory.count_parameters(sizes)
+    (whole,) = memory.training_plan(config, sizes, ParallelPlan())
+    (spread,) = memory.training_plan(config, sizes, ParallelPlan(ep=4, dp=4, world_size=4))
+    (cut,) = memory.training_plan(config, sizes, ParallelPlan(tp=2, etp=2, world_size=2, sequence_parallel=True))
+    assert whole.parameters == count.total
+    assert whole.parameters - spread.parameters == 3 * count.experts // 4
+    assert 2 * cut.parameters == count.total + count.others
+    assert whole.quantizers_bytes > spread.quantizers_bytes > whole.quantizers_bytes // 4
+
+
+def test_a_stage_of_several_chunks_holds_more_in_flight() -> None:
+    sizes = checked_config(DENSE | {"num_hidden_layers": 8}, "the test's model")
+    config = configured("train.global_batch=8", "quant=none")
+    plain = memory.training_plan(config, sizes, ParallelPlan(pp=2, world_size=2))
+    chunks = memory.training_plan(config, sizes, ParallelPlan(pp=2, vpp=2, world_size=2))
+    # 1F1B: 2 and 1 micro batches of 4 layers; interleaved: 2 (pp - stage - 1) + pp + 1 of 2 layers (arXiv 2104.04473)
+    layer = TOKENS * memory.layer_activations_bytes(config, dims_of(sizes), ParallelPlan())
+    assert [b.activations_bytes - a.activations_bytes for a, b in zip(plain, chunks, strict=True)] == [2 * layer] * 2
