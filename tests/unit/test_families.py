@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_edge.contracts import InputError, ParamRule
-from megatron_edge.export.gather import cut
+from megatron_edge.export.gather import Whole, rows_of
 from megatron_edge.families import (
     FAMILIES,
     ModelDims,
@@ -114,6 +114,25 @@ def test_the_table_names_what_transformers_has(model: Model) -> None:
     assert found == {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
 
 
+class InMemory:
+    """Stands where export reads a checkpoint's files."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def read(self, key: str, begin: int, end: int, out: Tensor) -> None:
+        out.copy_(self.tensor[begin:end])
+
+
+def cut(whole: Tensor, rule: ParamRule, dims: ModelDims) -> dict[str, Tensor]:
+    """As export does, all rows at once; also of block maxima, which have fewer columns."""
+    stored = Whole(InMemory(whole), ("",), (len(whole),), tuple(whole.shape), whole.dtype)  # type: ignore[arg-type]
+    parts: dict[str, list[Any]] = {}
+    for piece in pieces(rule, dims):
+        parts.setdefault(piece.target, []).append(piece)
+    return {name: rows_of(stored, of_it, 0, hf_shape(name, rule, dims)[0]) for name, of_it in parts.items()}
+
+
 @TENSOR_PARALLEL
 def test_shards_put_together_and_cut_are_the_model_again(model: Model, tp: int) -> None:
     tensors, dims = model.tensors, model.dims
@@ -138,7 +157,7 @@ def test_block_maxima_are_cut_like_the_weight(model: Model) -> None:
     for rule in model.all_rules():
         if rule.is_linear:
             whole = shard(rule, dims, tensors, 0, 1)
-            of_blocks = cut(whole.unflatten(1, (-1, 4)).amax(-1), rule, dims, columns_per_entry=4)
+            of_blocks = cut(whole.unflatten(1, (-1, 4)).amax(-1), rule, dims)
             for target, maxima in of_blocks.items():
                 assert torch.equal(maxima, tensors[target].unflatten(1, (-1, 4)).amax(-1))
 
