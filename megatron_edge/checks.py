@@ -7,6 +7,7 @@ naming the field, the value and what is allowed. Called by the launcher before a
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_edge.compose import CONF_DIR, options
-from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, parts_of, weights_of
+from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, lacking, parts_of, weights_of
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan, ParamRule, QuantRule
 from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
 
@@ -262,7 +263,7 @@ def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
 
 
 def _check_recipe(config: RunConfig) -> None:
-    quant, targets = config.quant, config.export.targets
+    quant = config.quant
     for where, part in parts_of(quant):
         for field, value, allowed in (
             ("activation", part.activation, ACTIVATIONS[part.weight]),
@@ -276,16 +277,26 @@ def _check_recipe(config: RunConfig) -> None:
         words = " or ".join(algorithms)
         raise expected("quant.algorithm", quant.algorithm, f"{words} with quant.weight={quant.weight}")
     _check_calibration(quant, config.kv.format)
+    _check_targets(config)
+
+
+def _check_targets(config: RunConfig) -> None:
+    """Each export target must carry the recipe: weights, activations, KV scales, tables."""
+    quant, targets, weights = config.quant, config.export.targets, weights_of(config.quant) or {"none"}
+    able = [t for t, known in TARGETS.items() if weights <= set(known) and not lacking(t, quant, config.kv.format)]
     for target in targets:
-        missing = sorted((weights_of(quant) or {"none"}) - set(TARGETS[target]))
+        missing = [f"quant.weight={'/'.join(sorted(strange))}"] if (strange := weights - set(TARGETS[target])) else []
+        missing += lacking(target, quant, config.kv.format)
         if missing:
-            able = [t for t, weights in TARGETS.items() if (weights_of(quant) or {"none"}) <= set(weights)]
-            raise InputError(
-                f"export.targets={targets}: {target} cannot carry quant.weight={'/'.join(missing)}; "
-                f"allowed: {', '.join(able)}"
-            )
+            words = f"{target} cannot carry {', '.join(missing)}; allowed: {', '.join(able)}"
+            raise InputError(f"export.targets={targets}: {words}")
     if len(set(targets)) != len(targets):
         raise expected("export.targets", targets, f"each of {', '.join(TARGETS)} at most once")
+    if "onnx" in targets and importlib.util.find_spec("onnxruntime_genai") is None:
+        raise InputError(
+            f"export.targets={targets}: onnx is built by onnxruntime-genai, which is not installed "
+            "(pip install 'megatron-edge[onnx]'); allowed without it: the others"
+        )
 
 
 def _check_calibration(quant: QuantConfig, kv: str) -> None:

@@ -23,7 +23,7 @@ ROWS = (
     ("model",),
     ("runtime",),
     ("memory", "checks", "recipe", "artifact", "families"),
-    ("compose", "config", "contracts", "log"),
+    ("compose", "config", "contracts", "log", "target_limits"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
 FREE_ROWS = (RANK["memory"], RANK["config"])
