@@ -20,6 +20,7 @@ from megatron_edge.compose import CONF_DIR, options
 from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, lacking, parts_of, weights_of
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan, ParamRule, QuantRule
 from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
+from megatron_edge.target_limits import EDGE_LLM_GROUP, EDGE_LLM_RUNTIME
 
 ACTIVATIONS = {
     "none": ("none",), "fp8": ("none", "fp8"), "int4": ("none", "fp8"), "int8": ("none", "int8"),
@@ -235,6 +236,12 @@ def _check_group(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: Mo
         raise InputError(
             f"{where}.group_size={asked}: the {size} inputs of {name} allow groups of {group}, which "
             f"device={device.name} ({device.runtime}) does not read; allowed: {list(device.group_sizes)}"
+        )
+    outputs = [dims.size(part) for part in (("heads", "kv") if linear.merge == "qkv" else linear.shape[:1])]
+    if rule.weight == "int4" and device.runtime == EDGE_LLM_RUNTIME and any(n % EDGE_LLM_GROUP for n in outputs):
+        raise InputError(
+            f"{where}.weight=int4: {' and '.join(map(str, outputs))} outputs of {name} are no multiples of "
+            f"{EDGE_LLM_GROUP}, which device={device.name} ({device.runtime}) wants of both sides; allowed: other formats"
         )
     if rule.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
         raise InputError(

@@ -12,10 +12,17 @@ STATIC_KV = ("fp8", "nvfp4")  # KV formats with calibrated scales, which an arti
 
 # Targets that hold int4 codes and nothing else that is quantised.
 INT4_ALONE = ("gptq", "onnx")
-# Targets without a form for int4 weights under quantised inputs.
-NO_W4A8 = ("gptq", "onnx", "modelopt")
+# (weight, activation) that a target has no form for, though it has one for the weight under other inputs.
+NO_FORM = {
+    "modelopt": (("int4", "fp8"), ("fp8", "none")),
+    "gptq": (("int4", "fp8"),),
+    "onnx": (("int4", "fp8"),),
+}
 # Targets whose every decoder linear must be quantised.
 NO_PLAIN_LINEARS = ("onnx",)
+
+# TensorRT Edge-LLM, documented and not checked by itself: int4 groups, and what divides both sides of an int4 weight.
+EDGE_LLM_RUNTIME, EDGE_LLM_GROUP = "tensorrt-edge-llm", 128
 
 
 def lacking(
@@ -26,9 +33,8 @@ def lacking(
     `recipes` are the (weight, activation) pairs of the base recipe and its overrides, `tables` the formats of the
     embedding and the output layer; `excludes`: some linears stay unquantised.
     """
-    found = []
-    if target in NO_W4A8 and ("int4", "fp8") in recipes:
-        found.append("quant.activation=fp8 (over int4 weights)")
+    pairs = [pair for pair in NO_FORM.get(target, ()) if pair in recipes]
+    found = [f"quant.weight={weight} with quant.activation={activation}" for weight, activation in pairs]
     if target in INT4_ALONE:
         found += [f"quant.embedding or quant.head={table}" for table in sorted(set(tables) - {"bf16"})]
         found += [f"kv.format={kv}"] if kv in STATIC_KV else []
