@@ -241,7 +241,7 @@ def _check_group(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: Mo
     if rule.weight == "int4" and device.runtime == EDGE_LLM_RUNTIME and any(n % EDGE_LLM_GROUP for n in outputs):
         raise InputError(
             f"{where}.weight=int4: {' and '.join(map(str, outputs))} outputs of {name} are no multiples of "
-            f"{EDGE_LLM_GROUP}, which device={device.name} ({device.runtime}) wants of both sides; allowed: other formats"
+            f"{EDGE_LLM_GROUP}, which device={device.name} ({device.runtime}) wants; allowed: another format"
         )
     if rule.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
         raise InputError(

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_mixed_targets import MIXES, write_mixed
-from tiny_artifact import Tiny, make_tiny
+from tiny_artifact import Tiny, make_tiny, windows
 
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import InputError
 from megatron_edge.export.targets import convert
+from megatron_edge.verify.quality import Windows
+from megatron_edge.verify.runtimes import check_target
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,16 @@ def test_layers_left_alone_are_said_to_be(tmp_path: Path, monkeypatch: pytest.Mo
     assert group_for(section, "model.layers.1.mlp.gate_up_proj") is None
     with pytest.raises(InputError, match=r"no unquantised linear layers.*layers\.0\.self_attn\.o_proj"):
         convert("onnx", reader, tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("layout, part", [("gptq", "qweight"), ("gptq", "qzeros"), ("modelopt", "weight")])
+def test_one_other_code_is_named(tiny: Tiny, tmp_path: Path, layout: str, part: str) -> None:
+    reader, name = ArtifactReader(tiny.artifact), "model.layers.1.mlp.gate_proj"
+    convert(layout, reader, tmp_path / layout)
+    assert all(check.ok for check in check_target(reader, layout, tmp_path / layout, Windows(**windows(1))).checks)
+    (file,) = (tmp_path / layout).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[f"{name}.{part}"].view(torch.uint8)[1, 5] ^= 0x10
+    save_file(tensors, file, metadata={"format": "pt"})
+    (check,) = check_target(reader, layout, tmp_path / layout, Windows(**windows(1))).checks
+    assert not check.ok and name in check.detail
