@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +85,17 @@ def read_recipe(reader: ArtifactReader, directory: Path) -> tuple[str, list[str]
         facts = {item.name: item.i for item in node.attribute}
         levels.add(facts.get("accuracy_level", 0))
         groups.add(facts["block_size"])
-        codes, scales, zeros = (
-            onnx.numpy_helper.to_array(stored[part], base_dir=str(directory)) for part in node.input[1:4]
-        )
+        linears = _linears_of(node.name)
+        if strange := [name for name in linears if name not in reader.manifest.layer_linears]:
+            problems.append(f"{node.name}: {', '.join(strange)} is not quantised in the artifact")
+            continue
+        arrays = [onnx.numpy_helper.to_array(stored[part], base_dir=str(directory)) for part in node.input[1:4]]
         rows = 0
-        for linear in _linears_of(node.name):
-            seen.add(linear)
-            if linear not in reader.manifest.layer_linears:
-                problems.append(f"{node.name}: {linear} is not quantised in the artifact")
-                continue
+        for linear in linears:
             height = reader.manifest.layer_linears[linear].shape[0]
-            problems += _differing(reader, linear, facts, codes, scales, zeros, slice(rows, rows + height))
+            problems += _differing(reader, linear, facts, arrays, slice(rows, rows + height))
             rows += height
+        seen.update(linears)
     problems += [f"{name}: not among its packed linears" for name in sorted(set(reader.manifest.layer_linears) - seen)]
     if levels != {FP32_INPUTS}:
         problems.append(f"inputs of its linears: accuracy_level {sorted(levels)}, where fp32 is {FP32_INPUTS}")
@@ -111,21 +109,22 @@ def read_recipe(reader: ArtifactReader, directory: Path) -> tuple[str, list[str]
     return f"int4 weights in groups of {sizes}, {inputs}, {'/'.join(sorted(caches))} KV cache", problems
 
 
-def _linears_of(node: str) -> Iterator[str]:
-    """/model/layers.3/attn/qkv_proj/MatMulNBits -> model.layers.3.self_attn.q_proj, and so on."""
-    _, model, layer, block, leaf = node.split("/")[:5]
-    module = f"{model}.{layer}.{'self_attn' if block == 'attn' else block}"
-    yield from (f"{module}.{part}" for part in FUSED.get(leaf, (leaf,)))
+def _linears_of(node: str) -> list[str]:
+    """/model/layers.3/attn/qkv_proj/MatMulNBits -> model.layers.3.self_attn.q_proj, k_proj, v_proj; /lm_head/MatMul_Q4
+    -> lm_head."""
+    *modules, leaf = node.strip("/").split("/")[:-1]
+    module = ".".join("self_attn" if part == "attn" else part for part in modules)
+    return [f"{module}.{part}" if module else part for part in FUSED.get(leaf, (leaf,))]
 
 
-def _differing(
-    reader: ArtifactReader, linear: str, facts: dict[str, int], codes: Any, scales: Any, zeros: Any, rows: slice
-) -> list[str]:
-    """codes uint8 [N, K / g, g / 2], low nibble first; scales fp32 [N K / g]; zeros uint8 with two groups a byte."""
+def _differing(reader: ArtifactReader, linear: str, facts: dict[str, int], arrays: list[Any], rows: slice) -> list[str]:
+    """Codes uint8 [N, K / g, g / 2], low nibble first; scales fp32 [N K / g]; zero points uint8 with two groups a byte,
+    8 where there are none."""
     entry = reader.manifest.layer_linears[linear]
     groups = facts["K"] // facts["block_size"]
-    low, high = zeros.reshape(facts["N"], -1) & 15, zeros.reshape(facts["N"], -1) >> 4
-    offsets = np.stack((low, high), -1).reshape(facts["N"], -1)[rows, :groups]
+    codes, scales, *stored = arrays
+    zeros = (stored[0] if stored else np.full(facts["N"] * ((groups + 1) // 2), 0x88, np.uint8)).reshape(facts["N"], -1)
+    offsets = np.stack((zeros & 15, zeros >> 4), -1).reshape(facts["N"], -1)[rows, :groups]
     ours = {role: reader.tensor(entry.tensors[role]) for role in ("codes", "scale")}
     same = {
         "group size": facts["block_size"] == entry.group_size and facts["bits"] == 4,
