@@ -7,7 +7,6 @@ naming the field, the value and what is allowed. Called by the launcher before a
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from megatron_edge import target_checks
 from megatron_edge.compose import CONF_DIR, options
-from megatron_edge.config import TARGETS, QuantConfig, RunConfig, expected, lacking, parts_of, weights_of
+from megatron_edge.config import QuantConfig, RunConfig, expected, parts_of, weights_of
 from megatron_edge.contracts import DeviceProfile, InputError, ParallelPlan, ParamRule, QuantRule
 from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
 from megatron_edge.target_limits import EDGE_LLM_GROUP, EDGE_LLM_RUNTIME
@@ -68,6 +68,7 @@ def check_config(config: RunConfig) -> None:
     _check_distillation(config)
     _check_adapters(config)
     _check_recipe(config)
+    target_checks.check_targets(config)
     _check_device(config)
 
 
@@ -168,13 +169,14 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
         )
     _check_groups(config, hf_config)
     _check_tables(config, hf_config)
+    target_checks.check_model(config, hf_config)
 
 
 def check_teacher_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
-    """As `check_model_dims`, for a model that gets no quantizers."""
+    """As `check_model_dims`, for a model that gets no quantizers and is not exported."""
     quant = replace(config.quant, weight="none", overrides=[], embedding="bf16", head="bf16")
-    kv = replace(config.kv, format="none")
-    check_model_dims(replace(config, quant=quant, kv=kv), hf_config)
+    kv, export = replace(config.kv, format="none"), replace(config.export, targets=[])
+    check_model_dims(replace(config, quant=quant, kv=kv, export=export), hf_config)
 
 
 def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:
@@ -284,26 +286,6 @@ def _check_recipe(config: RunConfig) -> None:
         words = " or ".join(algorithms)
         raise expected("quant.algorithm", quant.algorithm, f"{words} with quant.weight={quant.weight}")
     _check_calibration(quant, config.kv.format)
-    _check_targets(config)
-
-
-def _check_targets(config: RunConfig) -> None:
-    """Each export target must carry the recipe: weights, activations, KV scales, tables."""
-    quant, targets, weights = config.quant, config.export.targets, weights_of(config.quant) or {"none"}
-    able = [t for t, known in TARGETS.items() if weights <= set(known) and not lacking(t, quant, config.kv.format)]
-    for target in targets:
-        missing = [f"quant.weight={'/'.join(sorted(strange))}"] if (strange := weights - set(TARGETS[target])) else []
-        missing += lacking(target, quant, config.kv.format)
-        if missing:
-            words = f"{target} cannot carry {', '.join(missing)}; allowed: {', '.join(able)}"
-            raise InputError(f"export.targets={targets}: {words}")
-    if len(set(targets)) != len(targets):
-        raise expected("export.targets", targets, f"each of {', '.join(TARGETS)} at most once")
-    if "onnx" in targets and importlib.util.find_spec("onnxruntime_genai") is None:
-        raise InputError(
-            f"export.targets={targets}: onnx is built by onnxruntime-genai, which is not installed "
-            "(pip install 'megatron-edge[onnx]'); allowed without it: the others"
-        )
 
 
 def _check_calibration(quant: QuantConfig, kv: str) -> None:

@@ -1,7 +1,7 @@
 """What each export target cannot carry, by the names of the configuration.
 
 In: the formats of a recipe; out: what a target lacks. Called by config.py to choose the default targets and by
-checks.py to refuse before anything is spent. The conversions of export/targets refuse the same things of an artifact.
+target_checks.py to refuse before anything is spent. The conversions of export/targets refuse the same of an artifact.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ NO_FORM = {
 }
 # Targets whose every decoder linear must be quantised.
 NO_PLAIN_LINEARS = ("onnx",)
+
+CODES_A_WORD = 8  # int4 codes in a word of gptq
+# Families of ours whose packed weights onnxruntime-genai 0.18's builder takes.
+ONNX_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 # TensorRT Edge-LLM, documented and not checked by itself: int4 groups, and what divides both sides of an int4 weight.
 EDGE_LLM_RUNTIME, EDGE_LLM_GROUP = "tensorrt-edge-llm", 128

@@ -22,7 +22,7 @@ ROWS = (
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "checks", "recipe", "artifact", "families"),
+    ("memory", "checks", "target_checks", "recipe", "artifact", "families"),
     ("compose", "config", "contracts", "log", "target_limits"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -125,3 +125,15 @@ def test_windows_that_no_sequence_can_be_are_refused(tiny: Tiny, built: Path) ->
     text["positions"] = text["positions"] + 1
     with pytest.raises(InputError, match="positions do not start at 0"):
         onnxruntime.ask(built, Windows(**text))
+
+
+def test_models_that_no_packed_layout_holds_are_refused_before_anything_is_spent() -> None:
+    from test_recipe import MIXTRAL, SMOLLM2
+
+    onnx, gptq = (compose.compose(["quant=int4", f"export.targets=[{target}]"]) for target in ("onnx", "gptq"))
+    for run in (onnx, gptq):
+        checks.check_model_dims(run, SMOLLM2)
+    with pytest.raises(InputError, match="takes no packed MixtralForCausalLM; allowed for onnx: LlamaForCausalLM"):
+        checks.check_model_dims(onnx, MIXTRAL)
+    with pytest.raises(InputError, match=r"gptq and onnx pack 8 codes a word.* \[516, 576\] of .*gate_proj"):
+        checks.check_model_dims(gptq, {**SMOLLM2, "intermediate_size": 516})

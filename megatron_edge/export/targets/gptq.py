@@ -37,9 +37,9 @@ from megatron_edge.export.targets.folder import (
     unquantised,
     write_target,
 )
-from megatron_edge.target_limits import STATIC_KV
+from megatron_edge.target_limits import CODES_A_WORD, STATIC_KV
 
-BITS, PER_WORD = 4, 8
+BITS = 4
 PACKED_ZEROS = 0x77777777  # eight zero points of 8, each stored as 7
 # Modules that vLLM fuses and looks up under one name.
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
@@ -87,7 +87,7 @@ def refuse_what_is_not_int4(manifest: Manifest, target: str) -> None:
             "kv=int8, or the targets compressed_tensors (fp8) and modelopt (fp8, nvfp4)"
         )
     for name, linear in manifest.layer_linears.items():
-        if any(size % PER_WORD for size in linear.shape):
+        if any(size % CODES_A_WORD for size in linear.shape):
             raise InputError(
                 f"export.targets: {target} packs eight codes a word, which do not divide {name} of "
                 f"{linear.shape[0]} x {linear.shape[1]}; allowed: compressed_tensors"
@@ -102,7 +102,7 @@ def _tensors(reader: ArtifactReader) -> Iterator[tuple[str, torch.Tensor]]:
         codes = role_tensor(reader, linear, "codes").contiguous()
         # The artifact's bytes hold two codes each, low nibble first: by fours they are the words, row by row.
         yield f"{name}.qweight", codes.view(torch.int32).T.contiguous()
-        zeros = torch.full((in_features // group, out_features // PER_WORD), PACKED_ZEROS, dtype=torch.int32)
+        zeros = torch.full((in_features // group, out_features // CODES_A_WORD), PACKED_ZEROS, dtype=torch.int32)
         yield f"{name}.qzeros", zeros
         yield f"{name}.scales", role_tensor(reader, linear, "scale").T.contiguous()
         yield f"{name}.g_idx", (torch.arange(in_features) // group).to(torch.int32)

@@ -29,13 +29,13 @@ from megatron_edge.export.targets.folder import (
     plain_linears,
     write_files,
 )
+from megatron_edge.target_limits import ONNX_ARCHITECTURES
 
 PRECISION, PROVIDER = "int4", "cpu"
 # accuracy_level 1: inputs stay fp32 (the builder's default for CPUs, 4, rounds them to int8 in blocks).
 # A tied table is stored once; asking for that makes the builder quantise it, unless it is excluded.
 OPTIONS = ("accuracy_level=1", "hf_token=false", "hf_remote=false")
 PLAIN_NODES = "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BYTES) -> TargetReport:
@@ -92,5 +92,5 @@ def _build(packed: Path, building: Path, cache: Path) -> None:
         said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
         raise InputError(
             f"export.targets: onnxruntime-genai's builder ended with {done.returncode}: {' | '.join(said[-3:])}; "
-            f"allowed: models of {', '.join(ARCHITECTURES)}"
+            f"allowed: models of {', '.join(ONNX_ARCHITECTURES)}"
         )
