@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from test_mixed_targets import MIXES, write_mixed
 from tiny_artifact import Tiny, make_tiny, windows
 
 from megatron_edge.artifact.store import ArtifactReader
-from megatron_edge.contracts import InputError
+from megatron_edge.contracts import InputError, LinearEntry
 from megatron_edge.export.targets import convert
+from megatron_edge.export.targets.gptq import refuse_what_is_not_int4
 from megatron_edge.verify.quality import Windows
 from megatron_edge.verify.runtimes import check_target
 
@@ -105,3 +107,10 @@ def test_one_other_code_is_named(tiny: Tiny, tmp_path: Path, layout: str, part: 
     save_file(tensors, file, metadata={"format": "pt"})
     (check,) = check_target(reader, layout, tmp_path / layout, Windows(**windows(1))).checks
     assert not check.ok and name in check.detail
+
+
+def test_packed_tables_are_refused_by_name(tiny: Tiny) -> None:
+    manifest = ArtifactReader(tiny.artifact).manifest
+    table = LinearEntry("int8", "none", 0, (256, 192), {})
+    with pytest.raises(InputError, match=r"gptq cannot carry the int8 codes of model\.embed_tokens; allowed: quant"):
+        refuse_what_is_not_int4(replace(manifest, linears={**manifest.linears, "model.embed_tokens": table}), "gptq")
