@@ -135,5 +135,6 @@ def test_models_that_no_packed_layout_holds_are_refused_before_anything_is_spent
         checks.check_model_dims(run, SMOLLM2)
     with pytest.raises(InputError, match="takes no packed MixtralForCausalLM; allowed for onnx: LlamaForCausalLM"):
         checks.check_model_dims(onnx, MIXTRAL)
-    with pytest.raises(InputError, match=r"gptq and onnx pack 8 codes a word.* \[516, 576\] of .*gate_proj"):
-        checks.check_model_dims(gptq, {**SMOLLM2, "intermediate_size": 516})
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 36}
+    with pytest.raises(InputError, match=r"gptq and onnx pack 8 codes a word.* \[288, 36, 576\] of .*q_proj"):
+        checks.check_model_dims(gptq, {**SMOLLM2, **sizes})
