@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-long test-gpu lint format clean
+.PHONY: demo test test-long test-gpu runtimes lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed; set PYTHON=")'
@@ -23,6 +23,17 @@ test: $(STAMP)
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m "long and not gpu"
 
+# Other programs that read what we ship and whose pins conflict with ours: an environment each. TensorRT Edge-LLM's export
+# runs on a CPU, without the CUDA bindings that it names as a dependency (tools/edge_llm.py).
+EDGE_LLM := .venv-edgellm
+runtimes: $(EDGE_LLM)/installed
+
+$(EDGE_LLM)/installed: tools/edge_llm_requirements.txt
+	test -x $(EDGE_LLM)/bin/python || $(PYTHON) -m venv $(EDGE_LLM)
+	$(EDGE_LLM)/bin/python -m pip install --quiet --disable-pip-version-check -r tools/edge_llm_requirements.txt
+	$(EDGE_LLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps tensorrt-edgellm==0.11.0
+	touch $@
+
 # On a machine with a CUDA device, whose own Python has torch: no virtual environment is made there.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
@@ -37,4 +48,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-edgellm .mypy_cache .pytest_cache .ruff_cache build *.egg-info

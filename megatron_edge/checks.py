@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_edge.config import TARGETS, QuantConfig, RunConfig, parts_of, weights_of
+from megatron_edge import target_checks
+from megatron_edge.config import QuantConfig, RunConfig, parts_of, weights_of
 from megatron_edge.contracts import InputError, ParallelPlan, ParamRule, QuantRule
 from megatron_edge.devices import check_device
 from megatron_edge.families import ModelDims, all_rules, dims_of, rules_of
 from megatron_edge.leaves import expected
+from megatron_edge.target_limits import EDGE_LLM_GROUP, EDGE_LLM_RUNTIME
 
 ACTIVATIONS = {
     "none": ("none",), "fp8": ("none", "fp8"), "int4": ("none", "fp8"), "int8": ("none", "int8"),
@@ -61,6 +63,7 @@ def check_config(config: RunConfig) -> None:
     _check_distillation(config)
     _check_adapters(config)
     _check_recipe(config)
+    target_checks.check_targets(config)
     check_device(config)
 
 
@@ -161,13 +164,14 @@ def check_model_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
         )
     _check_groups(config, hf_config)
     _check_tables(config, hf_config)
+    target_checks.check_model(config, hf_config)
 
 
 def check_teacher_dims(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
-    """As `check_model_dims`, for a model that gets no quantizers."""
+    """As `check_model_dims`, for a model that gets no quantizers and is not exported."""
     quant = replace(config.quant, weight="none", overrides=[], embedding="bf16", head="bf16")
-    kv = replace(config.kv, format="none")
-    check_model_dims(replace(config, quant=quant, kv=kv), hf_config)
+    kv, export = replace(config.kv, format="none"), replace(config.export, targets=[])
+    check_model_dims(replace(config, quant=quant, kv=kv, export=export), hf_config)
 
 
 def layers_per_chunk(num_layers: int, plan: ParallelPlan) -> tuple[int, ...]:
@@ -230,6 +234,12 @@ def _check_group(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: Mo
             f"{where}.group_size={asked}: the {size} inputs of {name} allow groups of {group}, which "
             f"device={device.name} ({device.runtime}) does not read; allowed: {list(device.group_sizes)}"
         )
+    outputs = [dims.size(part) for part in (("heads", "kv") if linear.merge == "qkv" else linear.shape[:1])]
+    if rule.weight == "int4" and device.runtime == EDGE_LLM_RUNTIME and any(n % EDGE_LLM_GROUP for n in outputs):
+        raise InputError(
+            f"{where}.weight=int4: {' and '.join(map(str, outputs))} outputs of {name} are no multiples of "
+            f"{EDGE_LLM_GROUP}, which device={device.name} ({device.runtime}) wants; allowed: another format"
+        )
     if rule.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
         raise InputError(
             f"{where}.weight=nvfp4: llama.cpp packs 64 weights, which do not divide the {size} inputs of {name}; "
@@ -257,7 +267,7 @@ def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
 
 
 def _check_recipe(config: RunConfig) -> None:
-    quant, targets = config.quant, config.export.targets
+    quant = config.quant
     for where, part in parts_of(quant):
         for field, value, allowed in (
             ("activation", part.activation, ACTIVATIONS[part.weight]),
@@ -271,16 +281,6 @@ def _check_recipe(config: RunConfig) -> None:
         words = " or ".join(algorithms)
         raise expected("quant.algorithm", quant.algorithm, f"{words} with quant.weight={quant.weight}")
     _check_calibration(quant, config.kv.format)
-    for target in targets:
-        missing = sorted((weights_of(quant) or {"none"}) - set(TARGETS[target]))
-        if missing:
-            able = [t for t, weights in TARGETS.items() if (weights_of(quant) or {"none"}) <= set(weights)]
-            raise InputError(
-                f"export.targets={targets}: {target} cannot carry quant.weight={'/'.join(missing)}; "
-                f"allowed: {', '.join(able)}"
-            )
-    if len(set(targets)) != len(targets):
-        raise expected("export.targets", targets, f"each of {', '.join(TARGETS)} at most once")
 
 
 def _check_calibration(quant: QuantConfig, kv: str) -> None:

@@ -15,19 +15,25 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_edge import target_limits
 from megatron_edge.contracts import DeviceProfile, InputError
 from megatron_edge.leaves import build_record, expected, leaf
 
-Target = Literal["modelopt", "compressed_tensors", "hf"]
+Target = Literal["modelopt", "compressed_tensors", "gptq", "onnx", "hf"]
 
 EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
 
-# Weight formats that each export target carries; hf decodes them. Each target says itself what else it drops.
+# Weight formats that each export target carries; hf decodes them. What else a target cannot carry is in target_limits.
 TARGETS: dict[Target, tuple[str, ...]] = {
-    "modelopt": ("fp8", "nvfp4"),
+    "modelopt": ("fp8", "int4", "nvfp4"),
     "compressed_tensors": ("int4", "int8", "fp8", "nvfp4"),
+    "gptq": ("int4",),
+    "onnx": ("int4",),
     "hf": ("none", "fp8", "int4", "int8", "nvfp4"),
 }
+
+# Another program builds these: they are made when asked for, not by default.
+BUILT_ELSEWHERE: tuple[Target, ...] = ("onnx",)
 
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
@@ -157,7 +163,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    targets: list[Target] = leaf("null is all that carry the packed weights; hf for quant=none", derived=True)
+    targets: list[Target] = leaf(
+        "null is all that carry the recipe packed, but for onnx; hf for quant=none", derived=True
+    )
     shard_bytes: int = leaf("largest safetensors file", low=1)
     max_batch_size: int = leaf("sequences that the device serves at once", low=1)
     max_seq_len: int = leaf("tokens per sequence on the device", low=1)
@@ -239,7 +247,7 @@ def with_derived(config: RunConfig) -> RunConfig:
     if train.min_learning_rate is None:
         train = replace(train, min_learning_rate=train.learning_rate / 10)
     if export.targets is None:
-        export = replace(export, targets=targets_able(quant))
+        export = replace(export, targets=targets_able(quant, config.kv.format))
     config = replace(config, train=train, export=export, quant=quant)
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{config.scenario or 'run'}-{config_hash(config)}")
@@ -274,10 +282,20 @@ def weights_of(quant: QuantConfig) -> set[str]:
     return found - {"none"}
 
 
-def targets_able(quant: QuantConfig) -> list[Target]:
-    """The targets that carry the packed weights; hf where nothing is packed."""
+def targets_able(quant: QuantConfig, kv: str) -> list[Target]:
+    """The default targets: those that carry the packed weights and all that goes with them; hf where nothing is
+    packed."""
     packed = weights_of(quant)
-    return [t for t, able in TARGETS.items() if (packed <= set(able) and t != "hf" if packed else t == "hf")]
+    if not packed:
+        return ["hf"]
+    able: list[Target] = [target for target, weights in TARGETS.items() if packed <= set(weights) and target != "hf"]
+    return [target for target in able if target not in BUILT_ELSEWHERE and not lacking(target, quant, kv)]
+
+
+def lacking(target: Target, quant: QuantConfig, kv: str) -> list[str]:
+    """What of a recipe `target` cannot carry, beyond its weight formats, by the names of the configuration."""
+    recipes = {(part.weight, part.activation) for _, part in parts_of(quant)}
+    return target_limits.lacking(target, recipes, kv, {quant.embedding, quant.head}, bool(quant.exclude))
 
 
 def to_yaml(config: RunConfig) -> str:

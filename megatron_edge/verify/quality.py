@@ -92,14 +92,14 @@ def score(model: torch.nn.Module, windows: Windows, keep_logits: int) -> Scores:
     for begin in track(begins, "running the model", len(begins)):
         part = windows.slice(begin, begin + per_forward)
         logits = forward(model, part).float()
-        losses.append((_token_nll(logits, part.tokens.to(device)) * part.loss_mask.to(device)).cpu())
+        losses.append((token_nll(logits, part.tokens.to(device)) * part.loss_mask.to(device)).cpu())
         if begin < keep_logits:
             kept.append(logits[: keep_logits - begin].cpu())
     logits = torch.cat(kept) if kept else torch.empty(0)
     return Scores(torch.cat(losses), logits, windows.counted_tokens)
 
 
-def _token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """fp32 [n, s] nats of each next token; the last column means nothing.
 
     In fp64, window by window: torch 2.13's fp32 cross_entropy on CPU is 1.8e-5 too low over 49,152 words, more than two

@@ -6,7 +6,9 @@ not run never counts as passed. Called by report.py.
 - `compressed_tensors`: transformers + compressed-tensors load and run it (seen with 5.23 and 0.20): int4 and fp8 in
   float32, because they cast the stored scales to the model's data type; nvfp4 in bfloat16, the only one it runs in.
 - `hf`: plain transformers.
-- `modelopt`: no runtime without its own GPU reads it, so its bytes are decoded by the layout's rule and compared.
+- `modelopt`: no runtime without its own GPU reads it, so its bytes are decoded by the layout's rule and compared;
+  tools/edge_llm.py lets TensorRT Edge-LLM's own export parse it.
+- `gptq`, `onnx`: onnxruntime.py; onnxruntime-genai runs the latter.
 
 Quantised embeddings and output layers lie in every target as bf16 values, and are compared as such.
 """
@@ -26,7 +28,7 @@ import torch
 
 from megatron_edge.artifact.store import ArtifactReader, ShardReader
 from megatron_edge.contracts import Check
-from megatron_edge.verify import experts
+from megatron_edge.verify import experts, onnxruntime
 from megatron_edge.verify.behaviour import check_logits, run_artifact
 from megatron_edge.verify.parity import failures
 from megatron_edge.verify.quality import Windows, forward, load_model, weight_of
@@ -56,6 +58,8 @@ def check_target(reader: ArtifactReader, name: str, directory: Path, windows: Wi
     if name == "modelopt":
         reason = "TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
         return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})
+    if name in onnxruntime.TARGETS:
+        return Findings(*onnxruntime.check(reader, label, name, directory, windows))
     if name not in ("hf", "compressed_tensors"):
         return Findings([], {label: "no reader of this target is known here"})
     for package in ("transformers", *(["compressed_tensors"] if name == "compressed_tensors" else [])):
@@ -146,7 +150,8 @@ def _differing(theirs: torch.Tensor, ours: torch.Tensor) -> int:
 
 
 def _check_modelopt(reader: ArtifactReader, label: str, directory: Path) -> Check:
-    """Decode by ModelOpt's rule: fp8 weight * weight_scale, nvfp4 e2m1 * (weight_scale * weight_scale_2)."""
+    """Decode by ModelOpt's rule: fp8 weight * weight_scale, nvfp4 e2m1 * (weight_scale * weight_scale_2), int4 two rows
+    a byte."""
     target = ShardReader(directory)
     problems = _wrong_tables(reader, target)
     for name, linear in reader.manifest.layer_linears.items():
@@ -156,6 +161,10 @@ def _check_modelopt(reader: ArtifactReader, label: str, directory: Path) -> Chec
             scale = (scale * target.tensor(f"{name}.weight_scale_2")).repeat_interleave(linear.group_size, dim=1)
             nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).long()
             values = torch.tensor([*E2M1, *(-value for value in E2M1)])[nibbles]
+        elif linear.format == "int4":
+            nibbles = torch.stack((codes & 15, codes >> 4), dim=1).flatten(0, 1).int()
+            values = (nibbles - 16 * (nibbles > 7)).float()
+            scale = scale.repeat_interleave(linear.group_size, dim=1)
         else:
             values = codes.float()
         if not torch.equal(values * scale, expected):

@@ -80,7 +80,7 @@ def test_the_found_recipe_edited_trained_exported_and_verified(
     done = run("qat", *arguments, "kv=fp8", *small, directory=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert not done.noise, done.noise
-    assert_complete(run_dir, 4, {"compressed_tensors"})
+    assert_complete(run_dir, 4, {"modelopt", "compressed_tensors"})
     manifest = json.loads((run_dir / "artifact" / "canonical" / "manifest.json").read_text())
     linears = {name.removeprefix("model.layers."): entry["format"] for name, entry in manifest["linears"].items()}
     assert {linears[name] for name in linears if name.startswith("2.")} == {"int4"}

@@ -90,7 +90,15 @@ def test_recipes_of_eight_bits_and_of_four_under_eight() -> None:
     ("arguments", "words"),
     [
         (["quant=w4a8_awq", "device=rtx_2000_ada_embedded"], "quant=w4a8_awq .*does not run it.*nearest is quant=int4"),
-        (["quant=w4a8_awq", "export.targets=[modelopt]"], "modelopt cannot carry quant.weight=int4"),
+        (["quant=w4a8_awq", "export.targets=[modelopt]"], "modelopt .*quant.weight=int4 with quant.activation=fp8"),
+        (["quant=w4a8_awq", "export.targets=[onnx]"], "onnx .*weight=int4 with .*fp8; allowed: compressed_tensors, hf"),
+        (["quant=int4", "kv=fp8", "export.targets=[gptq]"], "gptq cannot carry kv.format=fp8; allowed: modelopt, comp"),
+        (["quant=int4", "quant.embedding=int8", "export.targets=[onnx]"], "onnx .*quant.embedding or quant.head=int8"),
+        (
+            ["quant=int4", "quant.exclude=['*fc2']", "export.targets=[onnx]"],
+            "onnx .*left unquantised .*allowed: .*gptq",
+        ),
+        (["quant=nvfp4", "export.targets=[gptq]"], "gptq cannot carry quant.weight=nvfp4"),
         (["quant=int8_sq", "export.targets=[modelopt]"], "modelopt cannot carry quant.weight=int8"),
         (["quant=int8_sq", "quant.activation=fp8"], "quant.activation='fp8': allowed is none or int8 with"),
         (["quant=int8_sq", "quant.activation=none"], "quant.algorithm='smoothquant': allowed is max with"),
@@ -117,7 +125,8 @@ def test_leaves_that_follow_from_others() -> None:
     composed = compose.compose(["train.steps=57", "train.learning_rate=1e-3"])
     assert (composed.train.warmup_steps, composed.train.min_learning_rate) == (5, 1e-4)
     assert composed.export.targets == ["modelopt", "compressed_tensors"]
-    assert compose.compose(["quant=int4"]).export.targets == ["compressed_tensors"]
+    assert compose.compose(["quant=int4"]).export.targets == ["modelopt", "compressed_tensors", "gptq"]
+    assert compose.compose(["quant=int4", "kv=fp8"]).export.targets == ["modelopt", "compressed_tensors"]
     assert compose.compose(["quant=none"]).export.targets == ["hf"]
     assert compose.compose(["model.source=/a/b"]).model.name == "custom"
     assert compose.compose(["train=ptq"]).train.steps == 0
@@ -196,7 +205,7 @@ def test_one_wrong_argument_is_one_line_that_names_what_is_allowed(argument: str
         (("+scenario=vehicle", "kv=fp8"), ("kv.format=fp8", "the nearest is kv=int8")),
         (("device=jetson_thor", "kv=int8"), ("kv.format=int8", "the nearest is kv=fp8")),
         (("device=orin_nano_8gb_edgellm", "quant=int4", "quant.group_size=64"), ("group_size=64", "quant=int4")),
-        (("quant=int4", "export.targets=[modelopt]"), ("modelopt cannot carry", "compressed_tensors")),
+        (("quant=int8_sq", "export.targets=[modelopt]"), ("modelopt cannot carry", "compressed_tensors")),
         (("train=ptq", "train.steps=5"), ("train.steps=5", "train.mode=ptq")),
     ],
 )

@@ -22,8 +22,8 @@ ROWS = (
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "deployment", "checks", "devices", "recipe", "artifact", "families"),
-    ("compose", "templates", "config", "leaves", "contracts", "log"),
+    ("memory", "deployment", "checks", "target_checks", "devices", "recipe", "artifact", "families"),
+    ("compose", "templates", "config", "leaves", "contracts", "log", "target_limits"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
 FREE_ROWS = (RANK["memory"], RANK["config"])

@@ -78,14 +78,16 @@ def test_compressed_tensors_has_a_group_for_each_format_and_reads_it(mix: str, t
     assert bool(found.not_run) == ("nvfp4" in mix or mix == "all"), "what did not run is said"
 
 
-def test_modelopt_lists_each_layer_as_its_own_converter_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mix", MIXES)
+def test_modelopt_lists_each_layer_as_its_own_converter_does(mix: str, tmp_path: Path) -> None:
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
-    reader, chosen = write_mixed(tmp_path, "nvfp4+fp8")
+    reader, chosen = write_mixed(tmp_path, mix)
     convert("modelopt", reader, tmp_path / "target")
     sidecar = json.loads((tmp_path / "target" / "hf_quant_config.json").read_text())
     assert sidecar["quantization"]["quant_algo"] == "MIXED_PRECISION"
     names = {("fp8", "fp8"): "FP8", ("nvfp4", "nvfp4"): "NVFP4", ("nvfp4", "none"): "W4A16_NVFP4"}
+    names |= {("int4", "none"): "W4A16_AWQ"}
     listed = sidecar["quantization"]["quantized_layers"]
     assert {name: layer["quant_algo"] for name, layer in listed.items()} == {
         n: names[kind] for n, kind in chosen.items()
@@ -98,10 +100,10 @@ def test_modelopt_lists_each_layer_as_its_own_converter_does(tmp_path: Path) -> 
 
 def test_a_target_refuses_layers_by_name(tmp_path: Path) -> None:
     reader, chosen = write_mixed(tmp_path, "int4+fp8")
-    with pytest.raises(InputError, match="weight=int4") as caught:
-        convert("modelopt", reader, tmp_path / "target")
+    with pytest.raises(InputError, match="weight=fp8") as caught:
+        convert("gptq", reader, tmp_path / "target")
     for linear, (weight, _) in chosen.items():
-        assert (linear in str(caught.value)) == (weight == "int4")
+        assert (linear in str(caught.value)) == (weight == "fp8")
     report = convert("hf", reader, tmp_path / "hf")
     assert any("fp8/int4" in line for line in report.dropped)
 

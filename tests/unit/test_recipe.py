@@ -161,7 +161,7 @@ def test_a_recipe_file_at_fault_is_named(tmp_path: Path, text: str | None, words
         (("+scenario=gateway", "quant.overrides=[{pattern:'*',weight:fp8}]"), ("overrides[0]", "board_2gb", "fp8")),
         (
             ("quant=int4", "quant.overrides=[{pattern:'*fc1',weight:fp8}]", "export.targets=[modelopt]"),
-            ("modelopt cannot carry quant.weight=int4", "allowed: compressed_tensors, hf"),
+            ("modelopt cannot carry quant.weight=fp8 with quant.activation=none", "allowed: compressed_tensors, hf"),
         ),
         (
             ("device=orin_nano_8gb_edgellm", "quant=none", "quant.overrides=[{pattern:'*proj',weight:int4}]"),
@@ -215,11 +215,13 @@ def test_a_mixed_recipe_takes_what_its_formats_allow() -> None:
     run = configured("quant=fp8", "quant.algorithm=awq", "quant.overrides=[{pattern:'*fc2',weight:int4}]")
     checks.check_config(run)
     checks.check_model_dims(run, SMOLLM2)
-    assert run.export.targets == ["compressed_tensors"], "modelopt has no int4 here"
+    assert run.export.targets == ["modelopt", "compressed_tensors"], "gptq has int4 alone"
     assert configured("quant=fp8", "quant.overrides=[{pattern:'*fc2',weight:nvfp4}]").export.targets == [
         "modelopt",
         "compressed_tensors",
     ]
     assert configured("quant=none", "quant.overrides=[{pattern:'*fc2',weight:int4}]").export.targets == [
-        "compressed_tensors"
+        "modelopt",
+        "compressed_tensors",
+        "gptq",
     ]

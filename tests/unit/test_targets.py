@@ -19,7 +19,8 @@ from megatron_edge.export.targets import TARGETS, convert
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = [
     *(("compressed_tensors", recipe) for recipe in RECIPES if recipe != "none"),
-    *(("modelopt", recipe) for recipe in ("fp8", "fp8_kv4", "nvfp4", "nvfp4_w4a16")),
+    *(("modelopt", recipe) for recipe in ("fp8", "fp8_kv4", "int4", "int4_kv8", "nvfp4", "nvfp4_w4a16")),
+    ("gptq", "int4"),
     *(("hf", recipe) for recipe in RECIPES),
 ]
 
@@ -63,7 +64,7 @@ def test_every_target_is_complete_and_says_what_it_drops(converted, target, reci
     assert len(set(index["weight_map"].values())) > 1, "the tiny model is larger than a shard"
     assert sorted(index["weight_map"]) == sorted(load_all(directory))
     dropped = " ".join(report.dropped)
-    carries = {"hf": (), "compressed_tensors": ("fp8",), "modelopt": ("fp8", "nvfp4")}[target]
+    carries = {"hf": (), "compressed_tensors": ("fp8",), "modelopt": ("fp8", "nvfp4"), "gptq": ()}[target]
     assert ("KV cache" in dropped) == (trained.kv not in ("none", *carries))
     assert any(name.endswith("k_scale") for name in index["weight_map"]) == (trained.kv in carries)
     assert ("activations" in dropped) == (target == "hf" and trained.activation != "none")
@@ -72,7 +73,11 @@ def test_every_target_is_complete_and_says_what_it_drops(converted, target, reci
 @pytest.mark.parametrize(
     "target, recipe, named",
     [
-        ("modelopt", "int4", "int4"),
+        ("gptq", "nvfp4", "weight=nvfp4 activation=nvfp4"),
+        ("gptq", "w4a8", "weight=int4 activation=fp8"),
+        ("gptq", "int4_kv8", "scales of kv.format=fp8"),
+        ("onnx", "int4_kv8", "onnx cannot carry the scales of kv.format=fp8"),
+        ("onnx", "fp8", "onnx cannot carry weight=fp8"),
         ("modelopt", "w4a8", "weight=int4 activation=fp8"),
         ("modelopt", "int8", "weight=int8 activation=int8"),
         ("modelopt", "none", "weight=none"),
@@ -87,7 +92,7 @@ def test_weights_that_a_target_cannot_carry_are_refused(converted, target, recip
 def test_an_unknown_target_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"'gguff' is unknown; allowed: \['compressed_tensors'"):
         convert("gguff", None, tmp_path / "x")
-    assert sorted(TARGETS) == ["compressed_tensors", "hf", "modelopt"]
+    assert sorted(TARGETS) == ["compressed_tensors", "gptq", "hf", "modelopt", "onnx"]
 
 
 # The data type in which transformers + compressed-tensors decode exactly; see verify/runtimes.py.

@@ -91,7 +91,7 @@ def change_reference(reference: Path, change) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_faithful_artifact_passes(copied, recipe, dtype):
     tiny = copied(recipe, dtype)
-    for name in TARGETS:
+    for name in set(TARGETS) - {"onnx"}:  # seconds of another program: test_onnx_target.py
         try:
             convert(name, ArtifactReader(tiny.artifact), tiny.artifact.parent / name)
         except InputError:

@@ -56,6 +56,12 @@ def write_target(
 ) -> TargetReport:
     """Stream `content` into a new directory that replaces `directory` only once it is complete."""
     building = directory.with_name(f".{directory.name}.building")
+    write_files(reader, building, content, shard_bytes)
+    return finish_target(building, directory, name, content)
+
+
+def write_files(reader: ArtifactReader, building: Path, content: TargetContent, shard_bytes: int) -> None:
+    """Tensors, config, sidecars and the artifact's other files, into a directory that is made anew."""
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     writer = ShardWriter(building, shard_bytes)
@@ -67,6 +73,10 @@ def write_target(
             shutil.copyfile(reader.directory / file, building / file)
     for file, values in {"config.json": content.config, **content.sidecars}.items():
         _write_json(building / file, values)
+
+
+def finish_target(building: Path, directory: Path, name: str, content: TargetContent) -> TargetReport:
+    """Put what was written into `building` in the place of `directory`, with target_report.json."""
     size_bytes = sum(file.stat().st_size for file in building.iterdir())
     report = TargetReport(
         name, str(directory), size_bytes, tuple(content.carried), tuple(content.dropped), tuple(content.notes)
