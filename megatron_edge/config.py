@@ -23,7 +23,7 @@ from megatron_edge.contracts import DeviceProfile, InputError
 if TYPE_CHECKING:
     pass
 
-Target = Literal["modelopt", "compressed_tensors", "hf"]
+Target = Literal["modelopt", "compressed_tensors", "gguf", "hf"]
 
 EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
 
@@ -31,6 +31,7 @@ EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
 TARGETS: dict[Target, tuple[str, ...]] = {
     "modelopt": ("fp8", "nvfp4"),
     "compressed_tensors": ("int4", "int8", "fp8", "nvfp4"),
+    "gguf": ("none", "int4", "int8", "nvfp4"),
     "hf": ("none", "fp8", "int4", "int8", "nvfp4"),
 }
 
@@ -171,7 +172,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    targets: list[Target] = leaf("null is all that carry the packed weights; hf for quant=none", derived=True)
+    targets: list[Target] = leaf(
+        "null is all that carry the packed weights, gguf where the device runs llama.cpp; hf for quant=none",
+        derived=True,
+    )
     shard_bytes: int = leaf("largest safetensors file", low=1)
     max_batch_size: int = leaf("sequences that the device serves at once", low=1)
     max_seq_len: int = leaf("tokens per sequence on the device", low=1)
@@ -294,7 +298,7 @@ def with_derived(config: RunConfig) -> RunConfig:
     if train.min_learning_rate is None:
         train = replace(train, min_learning_rate=train.learning_rate / 10)
     if export.targets is None:
-        export = replace(export, targets=targets_able(quant))
+        export = replace(export, targets=targets_able(quant, config.kv, config.device.runtime))
     config = replace(config, train=train, export=export, quant=quant)
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{config.scenario or 'run'}-{config_hash(config)}")
@@ -329,10 +333,20 @@ def weights_of(quant: QuantConfig) -> set[str]:
     return found - {"none"}
 
 
-def targets_able(quant: QuantConfig) -> list[Target]:
-    """The targets that carry the packed weights; hf where nothing is packed."""
+def targets_able(quant: QuantConfig, kv: KvConfig, runtime: str) -> list[Target]:
+    """The targets that carry the packed weights; hf where nothing is packed; gguf only for who runs it."""
     packed = weights_of(quant)
-    return [t for t, able in TARGETS.items() if (packed <= set(able) and t != "hf" if packed else t == "hf")]
+    able = {target for target, formats in TARGETS.items() if packed <= set(formats)} - {"hf" if packed else ""}
+    if runtime != "llama.cpp" or gguf_lacks(quant, kv):
+        able -= {"gguf"}
+    return [target for target in TARGETS if target in able]
+
+
+def gguf_lacks(quant: QuantConfig, kv: KvConfig) -> list[str]:
+    """What a recipe has beside its weights that a GGUF file cannot carry, as fields with their values."""
+    lacks = [f"{where}.activation={part.activation}" for where, part in parts_of(quant) if part.activation != "none"]
+    lacks += [f"kv.format={kv.format}"] if kv.format not in ("none", "int8") else []
+    return lacks + [f"quant.{leaf}=fp8" for leaf in ("embedding", "head") if getattr(quant, leaf) == "fp8"]
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -18,6 +18,7 @@ from megatron_edge import checks, memory
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.export.targets import gguf
 from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
 from megatron_edge.model.source import ModelSource, open_model
@@ -104,6 +105,8 @@ def check_backend(config: RunConfig) -> None:
 def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:
     checks.check_model_dims(config, source.hf_config)
     source.tokenizer()
+    if "gguf" in config.export.targets:
+        gguf.check_model(source, configuration.weights_of(config.quant))
     if teacher is not None:
         check_teacher(config, source, teacher, layout)
 

@@ -114,7 +114,11 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     source = open_model(config.model)
     for recipe in recipes.values():
         alone = replace(recipe, calibration="max")  # not each format has what the asked one acts on
-        one = replace(config, quant=alone, export=replace(config.export, targets=targets_able(recipe)))
+        one = replace(
+            config,
+            quant=alone,
+            export=replace(config.export, targets=targets_able(recipe, config.kv, config.device.runtime)),
+        )
         checks.check_config(one)
         checks.check_model_dims(one, source.hf_config)
         quant_rules(recipe, source.hf_config)

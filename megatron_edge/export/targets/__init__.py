@@ -11,12 +11,13 @@ from pathlib import Path
 
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import InputError
-from megatron_edge.export.targets import compressed_tensors, hf, modelopt
+from megatron_edge.export.targets import compressed_tensors, gguf, hf, modelopt
 from megatron_edge.export.targets.folder import SHARD_BYTES, TargetReport
 
 TARGETS: dict[str, Callable[[ArtifactReader, Path, int], TargetReport]] = {
     "modelopt": modelopt.convert,
     "compressed_tensors": compressed_tensors.convert,
+    "gguf": gguf.convert,
     "hf": hf.convert,
 }
 

@@ -54,9 +54,7 @@ def write_target(
     reader: ArtifactReader, directory: Path, name: str, content: TargetContent, shard_bytes: int
 ) -> TargetReport:
     """Stream `content` into a new directory that replaces `directory` only once it is complete."""
-    building = directory.with_name(f".{directory.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building = new_target(directory)
     writer = ShardWriter(building, shard_bytes)
     for tensor_name, tensor in content.tensors:
         writer.add(tensor_name, tensor)
@@ -66,10 +64,23 @@ def write_target(
             shutil.copyfile(reader.directory / file, building / file)
     for file, values in {"config.json": content.config, **content.sidecars}.items():
         _write_json(building / file, values)
+    return finish_target(building, directory, name, content.carried, content.dropped, content.notes)
+
+
+def new_target(directory: Path) -> Path:
+    """An empty directory beside `directory`, for `finish_target` to put in its place."""
+    building = directory.with_name(f".{directory.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    return building
+
+
+def finish_target(
+    building: Path, directory: Path, name: str, carried: list[str], dropped: list[str], notes: list[str]
+) -> TargetReport:
+    """Writes target_report.json, puts `building` in the place of `directory`, and says what is not carried."""
     size_bytes = sum(file.stat().st_size for file in building.iterdir())
-    report = TargetReport(
-        name, str(directory), size_bytes, tuple(content.carried), tuple(content.dropped), tuple(content.notes)
-    )
+    report = TargetReport(name, str(directory), size_bytes, tuple(carried), tuple(dropped), tuple(notes))
     described = {key: value for key, value in dataclasses.asdict(report).items() if key != "directory"}
     _write_json(building / "target_report.json", described)
     shutil.rmtree(directory, ignore_errors=True)
