@@ -198,7 +198,7 @@ def _check_targets(
     for name, directory in targets.items():
         logger.info("verify: reading target %s", name)
         try:
-            _merge(found, runtimes.check_target(reader, name, directory, reference))
+            _merge(found, runtimes.check_target(reader, name, directory, reference.windows, reference.nll))
         except Exception as error:  # noqa: BLE001 - another project's loader raises what it likes: all of it is a failed check
             message = f"{type(error).__name__}: {error}"
             found.checks.append(Check(f"target {name}", "loads", "failed", "loads", False, message))

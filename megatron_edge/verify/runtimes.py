@@ -29,7 +29,7 @@ from megatron_edge.contracts import Check
 from megatron_edge.verify import experts, llama_cpp
 from megatron_edge.verify.behaviour import check_logits, run_artifact
 from megatron_edge.verify.findings import Findings
-from megatron_edge.verify.parity import Reference, failures
+from megatron_edge.verify.parity import failures
 from megatron_edge.verify.quality import Windows, forward, load_model, weight_of
 
 RUNTIME_WINDOWS = 1
@@ -42,11 +42,14 @@ def find_targets(artifact_dir: Path) -> dict[str, Path]:
     return {json.loads(report.read_text())["name"]: report.parent for report in reports}
 
 
-def check_target(reader: ArtifactReader, name: str, directory: Path, reference: Reference) -> Findings:
-    """Read one target as its runtime does, on the first windows; llama.cpp on all of them."""
-    label, windows = f"target {name}", reference.windows
+def check_target(
+    reader: ArtifactReader, name: str, directory: Path, windows: Windows, trained_nll: torch.Tensor | None = None
+) -> Findings:
+    """Read one target as its runtime does, on the first windows; llama.cpp on all of them, whose losses in the trained
+    model are `trained_nll`, fp32 [n, s]."""
+    label = f"target {name}"
     if name == "gguf":
-        return llama_cpp.check_gguf(reader, label, directory, windows, reference.nll)
+        return llama_cpp.check_gguf(reader, label, directory, windows, trained_nll)
     if name == "modelopt":
         reason = "TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
         return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})
