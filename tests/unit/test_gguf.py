@@ -103,6 +103,14 @@ def test_llama_cpp_reads_and_runs_every_family(made, case: str) -> None:
     assert f"KV {'q8_0' if CASES[case][3] == 'int8' else 'f16'}" in ran["recipe"], ran["recipe"]
 
 
+def test_inputs_of_nvfp4_weights_stay_unquantised_on_a_gpu(made) -> None:
+    """As llama.cpp's converter says it of ModelOpt's W4A16_NVFP4: for each such tensor, no products in FP4."""
+    read = gguf.GGUFReader(made("llama3")[1] / "model.gguf")
+    named = read.fields["general.tensor_extra.name"].contents()
+    assert named == sorted(tensor.name for tensor in read.tensors if tensor.tensor_type.name == "NVFP4")
+    assert read.fields["general.tensor_extra.prec_a4"].contents() == [False] * 28
+
+
 @pytest.mark.parametrize("damage", ["scale", "row", "weight"])
 def test_a_file_that_is_another_model_fails(made, tmp_path: Path, damage: str) -> None:
     """One byte of a block scale, two rows of k_proj in Hugging Face's order, or a tensor scale: named."""

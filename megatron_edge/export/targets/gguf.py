@@ -216,6 +216,7 @@ def _write(
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config["architectures"][0]][0])
     try:
         _add_metadata(writer, manifest, config, {tensor.kind for tensor in tensors})
+        _add_precision(writer, [tensor.name for tensor in tensors if tensor.kind == "NVFP4"])
         gguf_tokenizer.add(writer, words)
         for tensor in tensors:
             plain = {"F32": np.float32, "F16": np.float16}.get(tensor.kind, np.uint8)
@@ -231,10 +232,21 @@ def _write(
         writer.close()
 
 
+def _add_precision(writer: Any, names: list[str]) -> None:
+    """Weights alone are quantised: a GPU with FP4 products must not round the inputs of NVFP4 weights to FP4 as well.
+
+    The keys are those that llama.cpp's converter writes (b11434); `gguf` 0.19 has no names for them.
+    """
+    if names:
+        writer.add_array("general.tensor_extra.name", sorted(names))
+        writer.add_array("general.tensor_extra.prec_a4", [False] * len(names))
+
+
 def _add_metadata(writer: Any, manifest: Manifest, config: dict[str, Any], kinds: set[str]) -> None:
     import gguf
 
     dims, scaling = dims_of(config), config["rope_scaling"] or {}
+    writer.add_type("model")
     writer.add_name(str(manifest.source.get("model", manifest.family)))
     main = next((kind for kind in ("NVFP4", "Q4_0", "Q8_0", "BF16", "F16") if kind in kinds), None)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{main}" if main else "ALL_F32"])
