@@ -336,8 +336,8 @@ def weights_of(quant: QuantConfig) -> set[str]:
 def targets_able(quant: QuantConfig, kv: KvConfig, runtime: str) -> list[Target]:
     """The targets that carry the packed weights; hf where nothing is packed; gguf only for who runs it."""
     packed = weights_of(quant)
-    able = {target for target, formats in TARGETS.items() if packed <= set(formats) and target != "hf"}
-    able = able if packed else {"gguf", "hf"}
+    able = {target for target, formats in TARGETS.items() if packed <= set(formats)}
+    able = able - {"hf"} if packed else {"gguf", "hf"}
     if runtime != "llama.cpp" or gguf_lacks(quant, kv):
         able -= {"gguf"}
     return [target for target in TARGETS if target in able]
