@@ -28,7 +28,7 @@ import megatron_edge
 from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import Check
-from megatron_edge.export.targets.gguf import FILE
+from megatron_edge.export.targets.gguf import FILE, write_decoded
 from megatron_edge.families import ModelDims, dims_of, expected_tensors, rules_of
 from megatron_edge.model.hf_config import checked_config
 from megatron_edge.model.source import load_tokenizer
@@ -36,18 +36,20 @@ from megatron_edge.verify import experts
 from megatron_edge.verify.behaviour import FLOOR_FACTOR, run_artifact
 from megatron_edge.verify.findings import Findings
 from megatron_edge.verify.parity import failures
-from megatron_edge.verify.quality import Windows, load_model
+from megatron_edge.verify.quality import Windows, load_model, score
 from megatron_edge.verify.statistics import mean_over_tokens
 
 PACKAGE = "xllamacpp"
 MAX_LOSS_DIFFERENCE = math.log(1.005)  # half a percent of the perplexity
 MIN_TOP1_AGREEMENT = 0.99
+DECODED_WINDOWS, MOST_DECODED_BYTES = 4, 8_000_000_000
 THREADS = 1  # llama.cpp's threads spin where they wait: two on a core that others use too are a hundred times slower
 CONTEXT_TOKENS, ANSWER_TOKENS = 512, 48
 PROMPT = "In one sentence: what is an embedded computer?"
 TRICKY = "It's 12345 o'clock:\tDON'T  panic!\n\n   naïve 東京 😀 x=3.14**2\r\n</s>"
 # Format of a weight -> what llama.cpp's CPU kernel rounds the other factor to (ggml-cpu.c, vec_dot_type, b11549).
 INPUTS = {"int4": "q8_0", "int8": "q8_0", "nvfp4": "q8_0", "bf16": "bf16", "fp16": "fp16", "fp32": None}
+PLAIN = ("bf16", "fp16", "fp32")
 ATTENTION = "megatron_edge_llama_cpp_cache"
 
 
@@ -78,6 +80,7 @@ def check_gguf(
     ]
     found.checks.append(failures(label, "texts that llama.cpp splits into other tokens", problems))
     _compare(found, reader, label, windows, arrays, trained_nll)
+    _compare_decoded(found, reader, label, windows)
     found.runtimes["llama.cpp"] = {"target": "gguf", **converse(reader, directory / FILE, kv)}
     found.runtimes["llama.cpp"] |= {
         "status": "ran",
@@ -181,6 +184,33 @@ def _compare(
     found.losses["llama.cpp"] = loss
 
 
+def _compare_decoded(found: Findings, reader: ArtifactReader, label: str, windows: Windows) -> None:
+    """llama.cpp on the decoded weights and an fp32 cache, where no kernel rounds anything, against the artifact without
+    roundings: names, rows, positions and norms are right."""
+    shapes: list[tuple[int, ...]] = [entry.shape for entry in reader.manifest.linears.values()]
+    shapes += [entry.shape for entry in reader.manifest.tensors.values() if entry.format in PLAIN]
+    size_bytes = 4 * sum(map(math.prod, shapes))
+    if size_bytes > MOST_DECODED_BYTES:
+        reason = f"{size_bytes / 1e9:.0f} GB of decoded weights, at most {MOST_DECODED_BYTES / 1e9:.0f} GB are written"
+        found.not_run[f"{label}: llama.cpp without the roundings of its kernels"] = reason
+        return
+    few = windows.first(DECODED_WINDOWS)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / FILE
+        write_decoded(reader, file)
+        request = {"task": "score", "gguf": str(file), "kv": "fp32", "threads": THREADS, "texts": []}
+        _, theirs = run_llama_cpp(request, few)
+    ours = score(load_model(reader, torch.float32, activations=False, cache=False), few, keep_logits=0)
+    agreement = agreement_of(torch.from_numpy(theirs["top"]), ours.top, few)
+    apart = (torch.from_numpy(theirs["nll"]) - ours.nll.double())[few.loss_mask]
+    detail = (
+        f"weights decoded to F32, over {few.counted_tokens} tokens; loss differs by {float(apart.mean()):+.2e} "
+        f"nats/token, rms {float(apart.square().mean().sqrt()):.1e}"
+    )
+    enough, metric = agreement >= MIN_TOP1_AGREEMENT, "likeliest tokens that agree without the kernels' roundings"
+    found.checks.append(Check(label, metric, agreement, MIN_TOP1_AGREEMENT, enough, detail))
+
+
 def agreement_of(top: torch.Tensor, other: torch.Tensor, windows: Windows) -> float:
     """Part of the counted tokens, [n, s], at which both hold the same next one for the likeliest."""
     return float((top == other)[windows.loss_mask].double().mean())
@@ -194,7 +224,7 @@ def _mean_of(sums: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
     return mean, error
 
 
-def round_as_llama_cpp(reader: ArtifactReader, model: torch.nn.Module) -> None:
+def round_as_llama_cpp(reader: ArtifactReader, model: Any) -> None:
     """Give a plain model the roundings of llama.cpp's CPU kernels: inputs of products, and the cache.
 
     The router has fp32 weights in the file, and its inputs stay as they are.
@@ -210,7 +240,7 @@ def round_as_llama_cpp(reader: ArtifactReader, model: torch.nn.Module) -> None:
             experts.round_inputs(module, _rounding(_format_of(reader, weight.removesuffix(".weight"))))
         elif name.endswith(".self_attn"):
             module.cache_format = str(reader.manifest.kv.get("format", "none"))
-            module.neighbours = reader.manifest.family in ("LlamaForCausalLM", "MixtralForCausalLM", "llama")
+            module.neighbours = reader.manifest.family in ("LlamaForCausalLM", "MixtralForCausalLM")
     transformers.AttentionInterface.register(ATTENTION, _attention)
     model.config._attn_implementation = ATTENTION
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 BATCH_TOKENS = 512  # logits of that many tokens are in memory at once
-GGML_TYPES = {"none": 1, "int8": 8}  # F16, Q8_0
+GGML_TYPES = {"fp32": 0, "none": 1, "int8": 8}  # F32, F16, Q8_0
 # llama_context_params of b11549 as 32-bit words: name -> (index, default).
 CONTEXT_WORDS = {
     "n_ctx": (0, 512), "n_batch": (1, 2048), "n_ubatch": (2, 512), "n_seq_max": (3, 1), "n_threads": (7, 4),
@@ -203,6 +203,8 @@ def _open(library: Any, request: dict[str, Any], length: int) -> tuple[Any, Any]
     size = -(-max(length, 256) // 256) * 256
     kv = GGML_TYPES[request["kv"]]
     chosen = {"n_ctx": size, "n_batch": BATCH_TOKENS, "n_ubatch": BATCH_TOKENS, "type_k": kv, "type_v": kv}
+    if request["kv"] == "fp32":  # flash attention casts such a cache to fp16
+        chosen["flash_attn_type"] = 0
     chosen |= dict.fromkeys(("n_threads", "n_threads_batch"), request["threads"])
     for name, value in chosen.items():
         params.words[CONTEXT_WORDS[name][0]] = value

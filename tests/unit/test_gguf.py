@@ -97,7 +97,7 @@ def test_llama_cpp_reads_and_runs_every_family(made, case: str) -> None:
     found = llama_cpp.check_gguf(reader, "target gguf", directory, text, score(model, text, 0).nll)
     for check in found.checks:
         print(f"{check.metric}: {check.value} (limit {check.limit}) {check.detail}")
-    assert [check.metric for check in found.checks if not check.ok] == [] and len(found.checks) == 5
+    assert [check.metric for check in found.checks if not check.ok] == [] and len(found.checks) == 6
     ran = found.runtimes["llama.cpp"]
     assert not found.not_run and ran["answer_tokens"] > 0 and ran["peak_rss_bytes"] > ran["rss_before_bytes"] > 0
     assert f"KV {'q8_0' if CASES[case][3] == 'int8' else 'f16'}" in ran["recipe"], ran["recipe"]
