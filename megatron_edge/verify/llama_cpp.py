@@ -10,10 +10,12 @@ fp32, with those roundings. What the trained model, which has none of them, said
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,7 +86,8 @@ def check_gguf(
     found.runtimes["llama.cpp"] = {"target": "gguf", **converse(reader, directory / FILE, kv)}
     found.runtimes["llama.cpp"] |= {
         "status": "ran",
-        "recipe": describe_recipe(reader, scored["log"]),
+        "version": f"{PACKAGE} {importlib.metadata.version(PACKAGE)}",
+        "recipe": describe_recipe(reader, scored["log"], kv),
         "prefill_tokens_per_second": scored["tokens_per_second"],
     }
     return found
@@ -133,14 +136,19 @@ def run_llama_cpp(request: dict[str, Any], windows: Windows | None) -> tuple[dic
     return answer, arrays
 
 
-def describe_recipe(reader: ArtifactReader, log: list[str]) -> str:
-    """What was computed with what: weights and inputs by the formats of the file, the cache as llama.cpp says it."""
+def describe_recipe(reader: ArtifactReader, log: list[str], kv: str) -> str:
+    """What was computed with what: weights and inputs by the formats of the file, the cache as llama.cpp says it.
+
+    Raises:
+        RuntimeError: it took another cache than the one asked for, or says nothing of it.
+    """
     weights = sorted({linear.format for linear in reader.manifest.layer_linears.values()} or {"bf16"})
-    cache = next((line.split("K (")[1] for line in log if "llama_kv_cache: size" in line and "K (" in line), "")
-    kinds = cache.replace("V (", "").split("), ")
-    named = f"KV {cache.split(')')[0]}" if cache else f"KV as llama.cpp chose ({len(kinds)})"
     inputs = sorted({str(INPUTS[weight]) for weight in weights})
-    return f"weights {'/'.join(weights)}, inputs rounded to {'/'.join(inputs)} by the CPU kernels, {named}"
+    said = [found.groups() for line in log if (found := re.search(r"K \((\w+)\).*V \((\w+)\)", line))]
+    asked = {"none": "f16", "int8": "q8_0"}[kv]
+    if said[-1:] != [(asked, asked)]:
+        raise RuntimeError(f"llama.cpp was asked for a {asked} KV cache and took {said[-1:]}")
+    return f"weights {'/'.join(weights)}, inputs rounded to {'/'.join(inputs)} by the CPU kernels, KV {asked}"
 
 
 # ---------------------------------------------------------------- the same tokens, like with like

@@ -9,7 +9,7 @@ not run never counts as passed. Called by report.py.
 - `gguf`: llama.cpp, in llama_cpp.py.
 - `modelopt`: no runtime without its own GPU reads it, so its bytes are decoded by the layout's rule and compared.
 
-Quantised embeddings and output layers lie in every target as bf16 values, and are compared as such.
+Quantised embeddings and output layers lie in every target but gguf as bf16 values, and are compared as such.
 """
 
 from __future__ import annotations
