@@ -30,6 +30,7 @@ ALGORITHMS = {
     "nvfp4": ("max",),
 }  # fmt: skip
 KV_BLOCKS = {"int8": 32, "nvfp4": 16}
+LLAMA_CPP_BLOCKS = {"int4": 32, "int8": 32, "nvfp4": 64}  # Q4_0, Q8_0, NVFP4
 
 
 def check_config(config: RunConfig) -> None:
@@ -211,6 +212,7 @@ def _check_groups(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     for (_, rule), linear in found.items():
         if rule.weight in ("int4", "nvfp4"):
             _check_group(config, rule, linear, dims)
+        _check_llama_cpp_rows(config, rule, linear, dims)
 
 
 def _check_group(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: ModelDims) -> None:
@@ -240,10 +242,18 @@ def _check_group(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: Mo
             f"{where}.weight=int4: {' and '.join(map(str, outputs))} outputs of {name} are no multiples of "
             f"{EDGE_LLM_GROUP}, which device={device.name} ({device.runtime}) wants; allowed: another format"
         )
-    if rule.weight == "nvfp4" and device.runtime == "llama.cpp" and size % 64:
+
+
+def _check_llama_cpp_rows(config: RunConfig, rule: QuantRule, linear: ParamRule, dims: ModelDims) -> None:
+    """A row is a whole number of llama.cpp's blocks."""
+    device, size, block = config.device, dims.size(linear.shape[1]), LLAMA_CPP_BLOCKS.get(rule.weight, 1)
+    if size % block and (device.runtime == "llama.cpp" or "gguf" in config.export.targets):
+        own = f"quant.overrides ({rule.pattern!r})" if rule.linear != "*" else "quant"
+        name = " and ".join(target.split(".")[-2] for target in linear.targets)
+        able = ", ".join(f for f in device.weight_formats if size % LLAMA_CPP_BLOCKS.get(f, 1) == 0)
         raise InputError(
-            f"{where}.weight=nvfp4: llama.cpp packs 64 weights, which do not divide the {size} inputs of {name}; "
-            f"allowed on device={device.name}: {', '.join(f for f in device.weight_formats if f != 'nvfp4')}"
+            f"{own}.weight={rule.weight}: llama.cpp packs {block} weights, which do not divide the {size} inputs of "
+            f"{name}; allowed on device={device.name}: {able}"
         )
 
 
@@ -259,7 +269,8 @@ def _check_tables(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
                 f"{table.name} allow groups of {table.group_size}, which device={device.name} ({device.runtime}) does "
                 f"not read; allowed: {list(device.group_sizes)}"
             )
-        if table.format != "bf16" and device.runtime == "llama.cpp" and table.shape[1] % 32:
+        by_llama_cpp = device.runtime == "llama.cpp" or "gguf" in config.export.targets
+        if table.format != "bf16" and by_llama_cpp and table.shape[1] % 32:
             raise InputError(
                 f"quant.embedding={quant.embedding}, quant.head={quant.head}: llama.cpp packs 32 values, "
                 f"which do not divide the {table.shape[1]} of a row of {table.name}; allowed: bf16"

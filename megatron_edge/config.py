@@ -19,7 +19,7 @@ from megatron_edge import target_limits
 from megatron_edge.contracts import DeviceProfile, InputError
 from megatron_edge.leaves import build_record, expected, leaf
 
-Target = Literal["modelopt", "compressed_tensors", "gptq", "onnx", "hf"]
+Target = Literal["modelopt", "compressed_tensors", "gptq", "onnx", "gguf", "hf"]
 
 EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
 
@@ -29,6 +29,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
     "compressed_tensors": ("int4", "int8", "fp8", "nvfp4"),
     "gptq": ("int4",),
     "onnx": ("int4",),
+    "gguf": ("none", "int4", "int8", "nvfp4"),
     "hf": ("none", "fp8", "int4", "int8", "nvfp4"),
 }
 
@@ -164,7 +165,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     targets: list[Target] = leaf(
-        "null is all that carry the recipe packed, but for onnx; hf for quant=none", derived=True
+        "null is all that carry the recipe packed, but for onnx (gguf: for llama.cpp); hf for quant=none",
+        derived=True,
     )
     shard_bytes: int = leaf("largest safetensors file", low=1)
     max_batch_size: int = leaf("sequences that the device serves at once", low=1)
@@ -247,7 +249,7 @@ def with_derived(config: RunConfig) -> RunConfig:
     if train.min_learning_rate is None:
         train = replace(train, min_learning_rate=train.learning_rate / 10)
     if export.targets is None:
-        export = replace(export, targets=targets_able(quant, config.kv.format))
+        export = replace(export, targets=targets_able(quant, config.kv.format, config.device.runtime))
     config = replace(config, train=train, export=export, quant=quant)
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{config.scenario or 'run'}-{config_hash(config)}")
@@ -282,14 +284,15 @@ def weights_of(quant: QuantConfig) -> set[str]:
     return found - {"none"}
 
 
-def targets_able(quant: QuantConfig, kv: str) -> list[Target]:
+def targets_able(quant: QuantConfig, kv: str, runtime: str) -> list[Target]:
     """The default targets: those that carry the packed weights and all that goes with them; hf where nothing is
-    packed."""
+    packed; gguf only for who runs it."""
     packed = weights_of(quant)
-    if not packed:
-        return ["hf"]
-    able: list[Target] = [target for target, weights in TARGETS.items() if packed <= set(weights) and target != "hf"]
-    return [target for target in able if target not in BUILT_ELSEWHERE and not lacking(target, quant, kv)]
+    able = {target for target, formats in TARGETS.items() if packed <= set(formats)}
+    able = able - {"hf", *BUILT_ELSEWHERE} if packed else {"gguf", "hf"}
+    if runtime != "llama.cpp":
+        able -= {"gguf"}
+    return [target for target in TARGETS if target in able and not lacking(target, quant, kv)]
 
 
 def lacking(target: Target, quant: QuantConfig, kv: str) -> list[str]:

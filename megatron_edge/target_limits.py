@@ -42,6 +42,10 @@ def lacking(
     if target in INT4_ALONE:
         found += [f"quant.embedding or quant.head={table}" for table in sorted(set(tables) - {"bf16"})]
         found += [f"kv.format={kv}"] if kv in STATIC_KV else []
+    if target == "gguf":  # llama.cpp quantises inputs itself, and has q8_0 caches, which need no scales
+        found += [f"quant.activation={one}" for one in sorted({activation for _, activation in recipes} - {"none"})]
+        found += ["quant.embedding or quant.head=fp8"] if "fp8" in tables else []
+        found += [f"kv.format={kv}"] if kv in STATIC_KV else []
     if target in NO_PLAIN_LINEARS and (excludes or ("none", "none") in recipes):
         found.append("linear layers left unquantised (quant.exclude, quant.overrides)")
     return found

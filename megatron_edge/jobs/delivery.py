@@ -263,6 +263,17 @@ def _summary(config: RunConfig, report: Verification) -> None:
         plan["device_total_bytes"] / 2**20,
         plan["device"]["budget_bytes"] / 2**20,
     )
+    for name, ran in report.runtimes.items():
+        log.info("%s on the target %s: %s", name, ran["target"], ran["recipe"])
+        log.info("> %s", ran["prompt"])
+        log.info("%s", " ".join(ran["text"].split()))
+        log.info(
+            "%.1f tokens/s with %d thread(s), %.0f MiB resident at most (%.0f of them before the model was loaded)",
+            ran["tokens_per_second"],
+            ran["threads"],
+            ran["peak_rss_bytes"] / 2**20,
+            ran["rss_before_bytes"] / 2**20,
+        )
     log.info("artifact: %s", artifact_dir(config))
     log.info("next: python launch/evaluate.py artifact=%s data.heldout=YOUR_TEXT", artifact_dir(config))
 

@@ -19,6 +19,7 @@ from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.deployment import Prediction
+from megatron_edge.export.targets import gguf
 from megatron_edge.families import dims_of
 from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
@@ -136,6 +137,8 @@ def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | 
     checks.check_model_dims(config, source.hf_config)
     records_steps(config, source.hf_config)
     source.tokenizer()
+    if "gguf" in config.export.targets:
+        gguf.check_model(source, configuration.weights_of(config.quant))
     if teacher is not None:
         check_teacher(config, source, teacher, layout)
 

@@ -116,7 +116,9 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     for recipe in recipes.values():
         alone = replace(recipe, calibration="max")  # not each format has what the asked one acts on
         one = replace(
-            config, quant=alone, export=replace(config.export, targets=targets_able(recipe, config.kv.format))
+            config,
+            quant=alone,
+            export=replace(config.export, targets=targets_able(recipe, config.kv.format, config.device.runtime)),
         )
         checks.check_config(one)
         checks.check_model_dims(one, source.hf_config)

@@ -74,6 +74,12 @@ def run_plainly(reader: ArtifactReader, model: torch.nn.Module, activations: boo
             module.forward = _forward(module, scales[0], scales[1])
 
 
+def round_inputs(module: Any, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A block of experts that `run_plainly` made rounds the inputs of all its products so, instead."""
+    number = len(module.gate_up_proj)
+    module.forward = _forward(module, [rounding] * number, [rounding] * number)
+
+
 def _quantise(reader: ArtifactReader, weight: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
     linear = reader.manifest.linears.get(weight.removesuffix(".weight"))
     if linear is None or linear.activation == "none":

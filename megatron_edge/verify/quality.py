@@ -58,11 +58,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Scores:
-    """nll: fp32 [n, s] in nats, 0 where nothing counts. logits: fp32 [m, s, vocabulary] of the first m windows."""
+    """nll: fp32 [n, s] in nats, 0 where nothing counts. logits: fp32 [m, s, vocabulary] of the first m windows.
+    top: int64 [n, s], the likeliest next token."""
 
     nll: torch.Tensor
     logits: torch.Tensor
     counted_tokens: int
+    top: torch.Tensor
 
     @property
     def nats_per_token(self) -> float:
@@ -86,17 +88,18 @@ def score(model: torch.nn.Module, windows: Windows, keep_logits: int) -> Scores:
             "windows.loss_mask: no position counts, so there is no loss to speak of; allowed: at least one"
         )
     device = next(model.parameters()).device
-    losses, kept = [], []
+    losses, kept, top = [], [], []
     per_forward = max(1, TOKENS_PER_FORWARD // windows.tokens.shape[1])
     begins = range(0, len(windows), per_forward)
     for begin in track(begins, "running the model", len(begins)):
         part = windows.slice(begin, begin + per_forward)
         logits = forward(model, part).float()
         losses.append((token_nll(logits, part.tokens.to(device)) * part.loss_mask.to(device)).cpu())
+        top.append(logits.argmax(-1).cpu())
         if begin < keep_logits:
             kept.append(logits[: keep_logits - begin].cpu())
     logits = torch.cat(kept) if kept else torch.empty(0)
-    return Scores(torch.cat(losses), logits, windows.counted_tokens)
+    return Scores(torch.cat(losses), logits, windows.counted_tokens, torch.cat(top))
 
 
 def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -36,11 +36,13 @@ NO_REFERENCE = "no reference of the trained model was given"
 class Verification(VerifyReport):
     """A `VerifyReport` that also says what could not be checked here, and why: that never counts as passed.
 
-    `losses` are nats per token on the reference's held-out text: what training measured, and `artifact`.
+    `losses` are nats per token on the reference's held-out text: what training measured, `artifact`, and what a runtime
+    had of its target. `runtimes` is what each one really ran, by name.
     """
 
     not_run: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def verify_artifact(
             found,
             _check_targets(reader, reference, runtimes.find_targets(artifact_dir) if targets is None else targets),
         )
-    report = Verification(tuple(found.checks), found.not_run, found.losses)
+        found.checks += check_runtime_memory(found, limits)
+    report = Verification(tuple(found.checks), found.not_run, found.losses, found.runtimes)
     if output is not None:
         _write(report, artifact_dir, output)
     return report
@@ -102,6 +105,7 @@ def _merge(found: runtimes.Findings, more: runtimes.Findings) -> None:
     found.checks.extend(more.checks)
     found.not_run.update(more.not_run)
     found.losses.update(more.losses)
+    found.runtimes.update(more.runtimes)
 
 
 def _check_model(reader: ArtifactReader, reference: parity.Reference | None, limits: Limits) -> runtimes.Findings:
@@ -175,6 +179,17 @@ def _check_memory(reader: ArtifactReader, memory: MemoryPlan) -> Check:
     return Check("memory", "bytes on the device", float(total_bytes), float(memory.budget_bytes), fits, detail)
 
 
+def check_runtime_memory(found: runtimes.Findings, limits: Limits) -> list[Check]:
+    """What a runtime's process held here at most, with the interpreter around it, against the device's budget."""
+    checks = []
+    for name, row in found.runtimes.items():
+        if limits.memory is not None and row.get("peak_rss_bytes"):
+            peak, budget = float(row["peak_rss_bytes"]), float(limits.memory.budget_bytes)
+            detail = f"{row['context_tokens']} tokens of context, {row['threads']} thread(s); {row['recipe']}"
+            checks.append(Check(f"runtime {name}", "peak resident bytes", peak, budget, peak <= budget, detail))
+    return checks
+
+
 def _check_targets(
     reader: ArtifactReader, reference: parity.Reference | None, targets: dict[str, Path]
 ) -> runtimes.Findings:
@@ -184,7 +199,7 @@ def _check_targets(
     for name, directory in targets.items():
         logger.info("verify: reading target %s", name)
         try:
-            _merge(found, runtimes.check_target(reader, name, directory, reference.windows))
+            _merge(found, runtimes.check_target(reader, name, directory, reference.windows, reference.nll))
         except Exception as error:  # noqa: BLE001 - another project's loader raises what it likes: all of it is a failed check
             message = f"{type(error).__name__}: {error}"
             found.checks.append(Check(f"target {name}", "loads", "failed", "loads", False, message))
@@ -201,6 +216,7 @@ def _write(report: Verification, artifact_dir: Path, output: Path) -> None:
         "checks": [dataclasses.asdict(check) for check in report.checks],
         "not_run": report.not_run,
         "losses_nats_per_token": report.losses,
+        "runtimes": report.runtimes,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     partial = output.with_suffix(".partial")

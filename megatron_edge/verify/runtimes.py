@@ -6,11 +6,12 @@ not run never counts as passed. Called by report.py.
 - `compressed_tensors`: transformers + compressed-tensors load and run it (seen with 5.23 and 0.20): int4 and fp8 in
   float32, because they cast the stored scales to the model's data type; nvfp4 in bfloat16, the only one it runs in.
 - `hf`: plain transformers.
+- `gguf`: llama.cpp, in llama_cpp.py.
 - `modelopt`: no runtime without its own GPU reads it, so its bytes are decoded by the layout's rule and compared;
   tools/edge_llm.py lets TensorRT Edge-LLM's own export parse it.
 - `gptq`, `onnx`: onnxruntime.py; onnxruntime-genai runs the latter.
 
-Quantised embeddings and output layers lie in every target as bf16 values, and are compared as such.
+Quantised embeddings and output layers lie in every target but gguf as bf16 values, and are compared as such.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import importlib.util
 import io
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,14 @@ import torch
 
 from megatron_edge.artifact.store import ArtifactReader, ShardReader
 from megatron_edge.contracts import Check
-from megatron_edge.verify import experts, onnxruntime
+from megatron_edge.verify import experts, llama_cpp, onnxruntime
 from megatron_edge.verify.behaviour import check_logits, run_artifact
+from megatron_edge.verify.findings import Findings
 from megatron_edge.verify.parity import failures
 from megatron_edge.verify.quality import Windows, forward, load_model, weight_of
 
 RUNTIME_WINDOWS = 1
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-@dataclass
-class Findings:
-    """Checks that ran, what did not with the reason, and the losses measured on the way."""
-
-    checks: list[Check] = field(default_factory=list)
-    not_run: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
 
 
 def find_targets(artifact_dir: Path) -> dict[str, Path]:
@@ -52,9 +44,14 @@ def find_targets(artifact_dir: Path) -> dict[str, Path]:
     return {json.loads(report.read_text())["name"]: report.parent for report in reports}
 
 
-def check_target(reader: ArtifactReader, name: str, directory: Path, windows: Windows) -> Findings:
-    """Read one target as its runtime does, on the first windows."""
+def check_target(
+    reader: ArtifactReader, name: str, directory: Path, windows: Windows, trained_nll: torch.Tensor | None = None
+) -> Findings:
+    """Read one target as its runtime does, on the first windows; llama.cpp on all of them, whose losses in the trained
+    model are `trained_nll`, fp32 [n, s]."""
     label = f"target {name}"
+    if name == "gguf":
+        return llama_cpp.check_gguf(reader, label, directory, windows, trained_nll)
     if name == "modelopt":
         reason = "TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
         return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})

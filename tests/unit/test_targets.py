@@ -92,7 +92,7 @@ def test_weights_that_a_target_cannot_carry_are_refused(converted, target, recip
 def test_an_unknown_target_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"'gguff' is unknown; allowed: \['compressed_tensors'"):
         convert("gguff", None, tmp_path / "x")
-    assert sorted(TARGETS) == ["compressed_tensors", "gptq", "hf", "modelopt", "onnx"]
+    assert sorted(TARGETS) == ["compressed_tensors", "gguf", "gptq", "hf", "modelopt", "onnx"]
 
 
 # The data type in which transformers + compressed-tensors decode exactly; see verify/runtimes.py.

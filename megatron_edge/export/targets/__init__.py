@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import InputError
-from megatron_edge.export.targets import compressed_tensors, gptq, hf, modelopt, onnx
+from megatron_edge.export.targets import compressed_tensors, gguf, gptq, hf, modelopt, onnx
 from megatron_edge.export.targets.folder import SHARD_BYTES, TargetReport
 
 TARGETS: dict[str, Callable[[ArtifactReader, Path, int], TargetReport]] = {
@@ -19,6 +19,7 @@ TARGETS: dict[str, Callable[[ArtifactReader, Path, int], TargetReport]] = {
     "compressed_tensors": compressed_tensors.convert,
     "gptq": gptq.convert,
     "onnx": onnx.convert,
+    "gguf": gguf.convert,
     "hf": hf.convert,
 }
 

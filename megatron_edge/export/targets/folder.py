@@ -57,7 +57,7 @@ def write_target(
     """Stream `content` into a new directory that replaces `directory` only once it is complete."""
     building = directory.with_name(f".{directory.name}.building")
     write_files(reader, building, content, shard_bytes)
-    return finish_target(building, directory, name, content)
+    return finish_target(building, directory, name, content.carried, content.dropped, content.notes)
 
 
 def write_files(reader: ArtifactReader, building: Path, content: TargetContent, shard_bytes: int) -> None:
@@ -75,12 +75,20 @@ def write_files(reader: ArtifactReader, building: Path, content: TargetContent, 
         _write_json(building / file, values)
 
 
-def finish_target(building: Path, directory: Path, name: str, content: TargetContent) -> TargetReport:
-    """Put what was written into `building` in the place of `directory`, with target_report.json."""
+def new_target(directory: Path) -> Path:
+    """An empty directory beside `directory`, for `finish_target` to put in its place."""
+    building = directory.with_name(f".{directory.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    return building
+
+
+def finish_target(
+    building: Path, directory: Path, name: str, carried: list[str], dropped: list[str], notes: list[str]
+) -> TargetReport:
+    """Writes target_report.json, puts `building` in the place of `directory`, and says what is not carried."""
     size_bytes = sum(file.stat().st_size for file in building.iterdir())
-    report = TargetReport(
-        name, str(directory), size_bytes, tuple(content.carried), tuple(content.dropped), tuple(content.notes)
-    )
+    report = TargetReport(name, str(directory), size_bytes, tuple(carried), tuple(dropped), tuple(notes))
     described = {key: value for key, value in dataclasses.asdict(report).items() if key != "directory"}
     _write_json(building / "target_report.json", described)
     shutil.rmtree(directory, ignore_errors=True)

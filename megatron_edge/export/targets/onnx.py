@@ -70,7 +70,7 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
             dropped=_dropped(reader),
             notes=["one directory for onnxruntime-genai on CPUs; the KV cache is float32"],
         )
-        return finish_target(building, directory, "onnx", content)
+        return finish_target(building, directory, "onnx", content.carried, content.dropped, content.notes)
     finally:
         for path in (building, packed, cache):
             shutil.rmtree(path, ignore_errors=True)
