@@ -21,6 +21,8 @@ from megatron_edge.leaves import build_record, expected, leaf
 
 Target = Literal["modelopt", "compressed_tensors", "gptq", "onnx", "gguf", "hf"]
 
+Runtime = Literal["llama.cpp", "onnxruntime-genai", "transformers"]
+
 EmbeddingFormat = Literal["bf16", "int8", "fp8", "int4"]
 
 # Weight formats that each export target carries; hf decodes them. What else a target cannot carry is in target_limits.
@@ -39,9 +41,9 @@ BUILT_ELSEWHERE: tuple[Target, ...] = ("onnx",)
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "budget", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench",
-    "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
-    "train.cuda_graph",
+    "runtimes", "budget", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
+    "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
+    "train.log_every_steps", "train.cuda_graph",
 )  # fmt: skip
 
 
@@ -221,6 +223,7 @@ class RunConfig:
     threads: int = leaf("CPU threads per process; 0 shares the physical cores between this host's processes", low=0)
     artifact: str | None = leaf("verify and evaluate: an artifact's directory")
     job: Literal["qat_step"] = leaf("what launch/bench.py times")
+    runtimes: list[Runtime] = leaf("verify: those that must run the artifact; [] is all that are here, without demand")
     reference: str | None = leaf("verify: the run directory whose trained model the artifact is compared with")
     model: ModelConfig
     parallel: ParallelConfig

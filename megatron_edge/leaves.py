@@ -29,6 +29,8 @@ def leaf(
 
 def refuse_unknown(field: str, key: str, allowed: Iterable[str]) -> InputError:
     known = sorted(allowed)
+    if not any("." in name for name in known):
+        key = key.split(".")[0]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return InputError(f"{field}: unknown{hint} (allowed: {', '.join(known)})")

@@ -8,7 +8,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def verify(config: RunConfig, launch: Launch) -> None:
         raise InputError(
             f"reference={run_dir}: no {CONFIG_FILE}; allowed: the directory of the run that trained {artifact}"
         )
-    of_run = from_yaml((run_dir / CONFIG_FILE).read_text())
+    of_run = replace(from_yaml((run_dir / CONFIG_FILE).read_text()), runtimes=config.runtimes)
     report = _verify(of_run, _intact_config(artifact), artifact, run_dir)
     console().print(table(report))
     _raise_unless_ok(report, run_dir / "verify.json")
@@ -218,6 +218,7 @@ def _verify(
         device=config.device,
         memory=deployment.plan(config, hf_config) if hf_config else None,
         max_loss_rise=config.export.max_loss_rise,
+        runtimes=tuple(config.runtimes),
     )
     log.info("verifying %s", artifact)
     return verify_artifact(artifact, run_dir / "reference", limits, output=run_dir / "verify.json")
@@ -265,15 +266,14 @@ def _summary(config: RunConfig, report: Verification) -> None:
     )
     for name, ran in report.runtimes.items():
         log.info("%s on the target %s: %s", name, ran["target"], ran["recipe"])
-        log.info("> %s", ran["prompt"])
-        log.info("%s", " ".join(ran["text"].split()))
-        log.info(
-            "%.1f tokens/s with %d thread(s), %.0f MiB resident at most (%.0f of them before the model was loaded)",
-            ran["tokens_per_second"],
-            ran["threads"],
-            ran["peak_rss_bytes"] / 2**20,
-            ran["rss_before_bytes"] / 2**20,
-        )
+        if "text" in ran:
+            log.info("> %s", ran["prompt"])
+            log.info("%s", " ".join(ran["text"].split()))
+        if "tokens_per_second" in ran:
+            speed, peak = ran["tokens_per_second"], ran["peak_rss_bytes"] / 2**20
+            log.info("%.1f tokens/s with %d thread(s), %.0f MiB resident at most", speed, ran["threads"], peak)
+    deployable, why = report.deployable
+    log.info("deployable: %s, %s", "yes" if deployable else "NO", why)
     log.info("artifact: %s", artifact_dir(config))
     log.info("next: python launch/evaluate.py artifact=%s data.heldout=YOUR_TEXT", artifact_dir(config))
 

@@ -23,6 +23,7 @@ import torch
 from megatron_edge.artifact.store import ArtifactReader, ShardReader
 from megatron_edge.contracts import Check, InputError
 from megatron_edge.verify.agreement import Answers, answers, compare
+from megatron_edge.verify.findings import Findings
 from megatron_edge.verify.parity import failures
 from megatron_edge.verify.quality import Windows, load_model
 
@@ -33,28 +34,31 @@ FP32_INPUTS = 1  # MatMulNBits' accuracy_level
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def check(
-    reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows
-) -> tuple[list[Check], dict[str, str]]:
-    """Checks of one target, and what was not run, with the reason."""
+def check(reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows) -> Findings:
+    """Of one target: its bytes, and of onnx what the runtime answers."""
     if name == "gptq":
         reason = "vLLM is not among the runtimes here; onnxruntime-genai runs these weights as the target onnx"
-        return [_check_gptq(reader, label, directory)], {f"{label}: logits": reason}
+        return Findings([_check_gptq(reader, label, directory)], {f"{label}: logits": reason})
     absent = [package for package in ("onnxruntime_genai", "onnx") if importlib.util.find_spec(package) is None]
     if absent:
-        return [], {label: f"{' and '.join(absent)} not installed (pip install 'megatron-edge[onnx]')"}
+        return Findings([], {label: f"{' and '.join(absent)} not installed (pip install 'megatron-edge[onnx]')"})
     recipe, problems = read_recipe(reader, directory)
     checks = [failures(label, "linears and recipe that the ONNX file holds otherwise", problems)]
     theirs, facts = ask(directory, windows)
     ours = answers(load_model(reader, torch.float32, activations=False, cache=False), windows)
-    speed = facts["decoded_tokens_per_s"]
-    detail = (
-        f"{RUNTIME} {facts['version']} ran {recipe}; {facts['threads']} threads; prompt of {facts['prompt_tokens']} "
-        f"tokens {facts['prompt_tokens_per_s']:.1f} tokens/s, peak RSS {facts['peak_rss_bytes'] / 1e6:.1f} MB"
-    )
-    runtime = f"{label} in {RUNTIME}"
-    checks.append(Check(runtime, "ran, decoded tokens/s", round(speed, 1), "ran", True, detail))
-    return checks + compare(runtime, windows, ours, theirs), {}
+    ran = {
+        "target": name,
+        "status": "ran",
+        "version": facts["version"],
+        "recipe": recipe,
+        "threads": facts["threads"],
+        "context_tokens": facts["prompt_tokens"] + facts["decoded_tokens"],
+        "tokens_per_second": facts["decoded_tokens_per_s"],
+        "prefill_tokens_per_second": facts["prompt_tokens_per_s"],
+        "peak_rss_bytes": facts["peak_rss_bytes"],
+    }
+    checks += compare(f"{label} in {RUNTIME}", windows, ours, theirs)
+    return Findings(checks, runtimes={RUNTIME: ran})
 
 
 def _check_gptq(reader: ArtifactReader, label: str, directory: Path) -> Check:

@@ -43,15 +43,29 @@ class Verification(VerifyReport):
     not_run: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    device_runtime: str | None = None
+
+    @property
+    def deployable(self) -> tuple[bool, str]:
+        """Whether it may go to the device, and why (not). What no runtime ran is not deployable."""
+        ran = [name for name, row in self.runtimes.items() if row["status"] == "ran"]
+        if not self.ok:
+            return False, "a check does not hold"
+        if not ran:
+            return False, "no runtime ran it here"
+        if self.device_runtime in (*ran, None):
+            return True, f"it ran in {', '.join(ran)}"
+        return True, f"it ran in {', '.join(ran)}; {self.device_runtime}, the device's own runtime, did not run here"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What was promised. None leaves the check out, and the report says so."""
+    """What was promised. None leaves the check out, and the report says so; `runtimes` are those that must run it."""
 
     device: DeviceProfile | None = None
     memory: MemoryPlan | None = None
     max_loss_rise: float | None = None
+    runtimes: tuple[str, ...] = ()
 
 
 def verify_artifact(
@@ -84,8 +98,9 @@ def verify_artifact(
             found,
             _check_targets(reader, reference, runtimes.find_targets(artifact_dir) if targets is None else targets),
         )
-        found.checks += check_runtime_memory(found, limits)
-    report = Verification(tuple(found.checks), found.not_run, found.losses, found.runtimes)
+        found.checks += check_runtime_memory(found, limits) + check_asked(found, limits.runtimes)
+    device = None if limits.device is None else limits.device.runtime
+    report = Verification(tuple(found.checks), found.not_run, found.losses, found.runtimes, device)
     if output is not None:
         _write(report, artifact_dir, output)
     return report
@@ -183,10 +198,24 @@ def check_runtime_memory(found: runtimes.Findings, limits: Limits) -> list[Check
     """What a runtime's process held here at most, with the interpreter around it, against the device's budget."""
     checks = []
     for name, row in found.runtimes.items():
-        if limits.memory is not None and row.get("peak_rss_bytes"):
+        is_devices_own = limits.device is not None and name == limits.device.runtime
+        if limits.memory is not None and is_devices_own and row.get("peak_rss_bytes"):
             peak, budget = float(row["peak_rss_bytes"]), float(limits.memory.budget_bytes)
             detail = f"{row['context_tokens']} tokens of context, {row['threads']} thread(s); {row['recipe']}"
             checks.append(Check(f"runtime {name}", "peak resident bytes", peak, budget, peak <= budget, detail))
+    return checks
+
+
+def check_asked(found: runtimes.Findings, asked: tuple[str, ...]) -> list[Check]:
+    """Each runtime that was asked for by name must have run a target of this artifact."""
+    checks = []
+    for name in asked:
+        ran = found.runtimes.get(name, {}).get("status") == "ran"
+        reasons = [why for what, why in found.not_run.items() if any(t in what for t in runtimes.RUNTIMES[name])]
+        missing = "; ".join(reasons) or f"there is no target {' or '.join(runtimes.RUNTIMES[name])} beside the artifact"
+        checks.append(
+            Check(f"runtime {name}", "status", "ran" if ran else "not run", "ran", ran, "" if ran else missing)
+        )
     return checks
 
 
@@ -217,6 +246,7 @@ def _write(report: Verification, artifact_dir: Path, output: Path) -> None:
         "not_run": report.not_run,
         "losses_nats_per_token": report.losses,
         "runtimes": report.runtimes,
+        "deployable": dict(zip(("ok", "why"), report.deployable, strict=True)),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     partial = output.with_suffix(".partial")

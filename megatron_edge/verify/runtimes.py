@@ -17,6 +17,7 @@ Quantised embeddings and output layers lie in every target but gguf as bf16 valu
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -35,6 +36,10 @@ from megatron_edge.verify.parity import failures
 from megatron_edge.verify.quality import Windows, forward, load_model, weight_of
 
 RUNTIME_WINDOWS = 1
+# Runtimes that verify can run, and the targets that they read.
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "llama.cpp": ("gguf",), "onnxruntime-genai": ("onnx",), "transformers": ("compressed_tensors", "hf"),
+}  # fmt: skip
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -56,7 +61,7 @@ def check_target(
         reason = "TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
         return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})
     if name in onnxruntime.TARGETS:
-        return Findings(*onnxruntime.check(reader, label, name, directory, windows))
+        return onnxruntime.check(reader, label, name, directory, windows)
     if name not in ("hf", "compressed_tensors"):
         return Findings([], {label: "no reader of this target is known here"})
     for package in ("transformers", *(["compressed_tensors"] if name == "compressed_tensors" else [])):
@@ -69,12 +74,10 @@ def check_target(
     if name == "compressed_tensors" and "nvfp4" in used and len(used) > 1:
         reason = "transformers casts all scales to one data type: nvfp4 runs in bfloat16 only, the others are exact in "
         return Findings([_check_decompressed(reader, label, directory)], {f"{label}: logits": f"{reason}float32"})
-    return Findings(_check_transformers(reader, label, name, directory, windows.first(RUNTIME_WINDOWS)))
+    return _check_transformers(reader, label, name, directory, windows.first(RUNTIME_WINDOWS))
 
 
-def _check_transformers(
-    reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows
-) -> list[Check]:
+def _check_transformers(reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows) -> Findings:
     """Weights as transformers decodes them, and logits, against the artifact in the same data type."""
     formats_used = {linear.format for linear in reader.manifest.layer_linears.values()}
     dtype = torch.bfloat16 if name == "hf" or "nvfp4" in formats_used else torch.float32
@@ -95,7 +98,15 @@ def _check_transformers(
     ours = load_model(reader, dtype, activations=carries, cache=fp8_cache, tables=torch.bfloat16)
     run = run_artifact(ours, windows, keep_logits=len(windows))
     activations = carries and any(linear.activation != "none" for linear in reader.manifest.linears.values())
-    return checks + check_logits(label, answered, run, flips=activations or fp8_cache)
+    checks += check_logits(label, answered, run, flips=activations or fp8_cache)
+    inputs = "quantised inputs" if activations else f"{dtype_name} inputs"
+    ran = {
+        "target": name,
+        "status": "ran",
+        "version": importlib.metadata.version("transformers"),
+        "recipe": f"decoded weights with {inputs}, KV cache in {'fp8' if fp8_cache else dtype_name}",
+    }
+    return Findings(checks, runtimes={"transformers": ran})
 
 
 def _check_decompressed(reader: ArtifactReader, label: str, directory: Path) -> Check:

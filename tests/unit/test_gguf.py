@@ -172,7 +172,7 @@ def test_what_llama_cpp_would_not_run_is_refused_by_name(tmp_path: Path, model, 
         (["quant=fp8"], r"gguf cannot carry quant\.weight=fp8"),
         (["quant=w4a8_awq"], r"gguf cannot carry quant\.activation=fp8"),
         (["quant=int4", "kv=fp8"], r"gguf cannot carry kv\.format=fp8"),
-        (["quant=int4", "quant.embedding=fp8"], r"gguf cannot carry quant\.embedding=fp8, quant\.head=fp8"),
+        (["quant=int4", "quant.embedding=fp8"], r"gguf cannot carry quant\.embedding or quant\.head=fp8"),
         (["quant=int4", "quant.overrides=[{pattern:'*fc2',weight:fp8,activation:fp8}]"], "gguf cannot carry .*fp8"),
     ],
 )
@@ -187,8 +187,8 @@ def test_devices_with_llama_cpp_get_the_file() -> None:
     }
     assert found == {
         "gateway": ["modelopt", "compressed_tensors", "gguf"],
-        "vehicle": ["compressed_tensors", "gguf"],
-        "vehicle_sm89": ["compressed_tensors"],
+        "vehicle": ["modelopt", "compressed_tensors", "gptq", "gguf"],
+        "vehicle_sm89": ["modelopt", "compressed_tensors"],
     }
     assert compose.compose(["quant=none", "device=board_2gb"]).export.targets == ["gguf", "hf"]
 

@@ -46,9 +46,10 @@ def test_the_runtime_answers_as_the_artifact(tiny: Tiny, built: Path) -> None:
     for check in found.checks:
         print(f"{check.name}: {check.metric}: {check.value} (limit {check.limit}) {check.detail}")
     assert not found.not_run and all(check.ok for check in found.checks)
-    ran = next(check for check in found.checks if check.metric.startswith("ran"))
-    assert "int4 weights in groups of 64, 128, fp32 inputs, float KV cache" in ran.detail
-    assert ran.value > 0 and float(ran.detail.split("peak RSS ")[1].split()[0]) < 300, "torch is not in that process"
+    ran = found.runtimes["onnxruntime-genai"]
+    assert ran["status"] == "ran" and ran["target"] == "onnx"
+    assert "int4 weights in groups of 64, 128, fp32 inputs, float KV cache" in ran["recipe"]
+    assert ran["tokens_per_second"] > 0 and ran["peak_rss_bytes"] < 300e6, "torch is not in that process"
 
 
 @needs_runtime
