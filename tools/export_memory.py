@@ -47,7 +47,7 @@ class Measured:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="an empty or new directory on the disk to be measured")
-    parser.add_argument("--size", default="1b", help="of tools/random_checkpoint.py: tiny, tiny_experts, 1b, 7b")
+    parser.add_argument("--size", default="1b", help="of tools/random_checkpoint.py: tiny, tiny_experts, 345m, 1b, 7b")
     parser.add_argument("--layout", default="TP4PP2")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of the checkpoint's weights")
     parser.add_argument("--targets", nargs="*", default=["compressed_tensors", "hf"])

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_edge import checks, devices, memory
@@ -37,6 +38,7 @@ from megatron_edge.train.divergence import Divergence
 log = logging.getLogger("megatron_edge")
 
 MICRO_BATCH = 4
+CUDA_TOKENS = 8192  # of a micro-batch there: one of 4 short windows takes as long, by launching its kernels
 LAYERS_FILE = "layer_divergence.json"
 CHOSEN_KEYS = ("name", "weight", "activation", "group_size", "algorithm")
 RECIPE_KEYS = (*CHOSEN_KEYS, "calibration", "percentile", "exclude")
@@ -267,8 +269,9 @@ def _data_dir(config: RunConfig) -> Path:
 
 
 def _batches(windows: Batch) -> list[Batch]:
-    num = windows.tokens.shape[0]
-    return windows.split(max(size for size in range(1, MICRO_BATCH + 1) if num % size == 0))
+    num, length = windows.tokens.shape
+    most = max(MICRO_BATCH, CUDA_TOKENS // length) if torch.cuda.is_available() else MICRO_BATCH
+    return windows.split(max(size for size in range(1, most + 1) if num % size == 0))
 
 
 def _write(
