@@ -37,7 +37,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench",
+    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench", "sweep",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
     "train.cuda_graph",
 )  # fmt: skip
@@ -217,6 +217,7 @@ class RunConfig:
     artifact: str | None = leaf("verify and evaluate: an artifact's directory")
     job: Literal["qat_step"] = leaf("what launch/bench.py times")
     reference: str | None = leaf("verify: the run directory whose trained model the artifact is compared with")
+    sweep: str | None = leaf("report: the directory of a sweep (with its sweep.json), whose runs are compared")
     model: ModelConfig
     parallel: ParallelConfig
     quant: QuantConfig

@@ -179,7 +179,8 @@ def _clear(run_dir: Path) -> None:
     for name in ("checkpoints", "reference", "artifact"):
         if (run_dir / name).exists():
             shutil.rmtree(run_dir / name)
-    (run_dir / "verify.json").unlink(missing_ok=True)
+    for name in ("verify.json", "weight_errors.json", "report.html", "outcome.json"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _write_config(config: RunConfig) -> None:

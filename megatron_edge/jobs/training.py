@@ -22,6 +22,7 @@ from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs import evaluation
 from megatron_edge.jobs.delivery import finish
+from megatron_edge.jobs.outcome import recorded
 from megatron_edge.jobs.preflight import records_steps
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
@@ -75,6 +76,7 @@ class _Run:
         return self.extra.setdefault("losses_nats_per_token", {})
 
 
+@recorded
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
     source = open_model(config.model)

@@ -31,7 +31,11 @@ def heat_of(run: RunFacts) -> dict[str, Any] | None:
     worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:MOST_LISTED]
     return {
         "rows": [
-            {"kind": kind, "cells": [_cell(kind, layer, row.get(layer), highest) for layer in range(layers)]}
+            {
+                "kind": kind,
+                "mean": percent(_mean(row)),
+                "cells": [_cell(kind, layer, row.get(layer), highest) for layer in range(layers)],
+            }
             for kind, row in cells.items()
         ],
         "last_layer": layers - 1,
@@ -42,6 +46,10 @@ def heat_of(run: RunFacts) -> dict[str, Any] | None:
             {"name": name, "format": found["linears"][name]["format"], "error": percent(errors[name])} for name in worst
         ],
     }
+
+
+def _mean(row: dict[int, list[float]]) -> float:
+    return statistics.fmean(error for errors in row.values() for error in errors)
 
 
 def _cell(kind: str, layer: int, errors: list[float] | None, highest: float) -> dict[str, str] | None:

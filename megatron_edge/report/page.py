@@ -31,7 +31,7 @@ from megatron_edge.report.verdict import number, verdict_of
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
-CURVES = (
+CURVES: tuple[tuple[str, str, str, dict[str, bool]], ...] = (
     ("loss_nats_per_token", "loss", "nats/token", {}),
     ("learning_rate", "learning rate", "", {"from_zero": True}),
     ("gradient_norm", "gradient norm", "logarithmic", {"logarithmic": True}),

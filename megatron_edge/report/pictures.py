@@ -12,11 +12,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+if TYPE_CHECKING:  # it takes a second to import, which ranks that draw nothing need not wait for
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Palette:
 
 PAGE = Palette("#010203", "#020304", "#030405", "#040506", "#050607", "#060708", "#070809")  # stand-ins
 PRINT = Palette("#1c2024", "#60646c", "#d9dce0", "#2563c9", "#b35a00", "#c62a2f", "#ffffff")
-Draw = Callable[[Figure, Palette], None]
+Draw = Callable[["Figure", Palette], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,10 @@ class Point:
 
 
 def _drawn(draw: Draw, palette: Palette, size: tuple[float, float], form: str) -> bytes:
-    style: dict[str, Any] = {
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": draw.__qualname__,
         "font.size": 11,
@@ -101,15 +103,20 @@ def curve(
 ) -> str:
     """One number of metrics.jsonl over the steps. Steps that were skipped have no number, and a mark below."""
 
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
         steps = [record["step"] for record in metrics]
         values = [math.nan if record.get(key) is None else record[key] for record in metrics]
+        plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
         marker = "o" if len(steps) <= 3 else ""
         axes.plot(steps, values, color=palette.series, linewidth=1.8, marker=marker, markersize=4)
         skipped = [record["step"] for record in metrics if record.get("skipped")]
-        if logarithmic and any(value > 0 for value in values):
+        if logarithmic:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter(plain if high < 30 * low else NullFormatter())
         elif from_zero:
             axes.set_ylim(bottom=0)
         if skipped:
@@ -118,7 +125,7 @@ def curve(
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if not logarithmic:
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.yaxis.set_major_formatter(plain)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("step")
 

@@ -38,10 +38,11 @@ def _quality(run: RunFacts) -> tuple[str, str, str] | None:
     key = next((key for key in ("artifact", "trained", "ptq") if key in run.losses), None)
     if base is None or key is None:
         return None
-    what = {"artifact": "the artifact", "trained": "trained", "ptq": "calibrated, not trained yet"}[key]
+    what = {"artifact": "The artifact", "trained": "Trained", "ptq": "Calibrated, not trained yet"}[key]
     rise = run.losses[key] - base
-    note = f"nats/token, {what} against the model as it came; at most {limit:+g} was declared"
-    return "Quality", f"{rise:+.4f}".replace("-", "−"), note
+    than = "worse" if rise > 0 else "better"
+    note = f"nats/token of loss. {what}, {than} than the model as it came; up to {limit:+g} was declared."
+    return "Quality", signed(rise), note
 
 
 def _size(run: RunFacts) -> tuple[str, str, str] | None:
@@ -89,7 +90,7 @@ def loss_rows(run: RunFacts) -> list[dict[str, Any]]:
             "label": LABELS.get(name, f"in {name}"),
             "loss": run.losses[name],
             "perplexity": f"{math.exp(run.losses[name]):,.2f}" if run.losses[name] < 700 else "over 1e300",
-            "difference": "" if name in BASELINES or base is None else f"{run.losses[name] - base:+.4f}",
+            "difference": "" if name in BASELINES or base is None else signed(run.losses[name] - base),
         }
         for name in order
     ]
@@ -156,11 +157,9 @@ def _memory_notes(run: RunFacts) -> list[str]:
     predicted = (run.plan or {}).get("predicted")
     if predicted:
         limits = "; ".join(predicted["limits"])
-        notes.append(
-            f"It would take up to {predicted['largest_batch']:,} sequences at once, or {predicted['largest_seq_len']:,} "
-            f"tokens. What limits: {limits}. Predicted there: {predicted['ms_per_token']:.3g} ms and at most "
-            f"{predicted['joules_per_token']:.3g} J per token."
-        )
+        largest = f"{predicted['largest_batch']:,} sequences at once, or {predicted['largest_seq_len']:,} tokens"
+        speed = f"{predicted['ms_per_token']:.3g} ms and at most {predicted['joules_per_token']:.3g} J per token"
+        notes.append(f"It would take up to {largest}. What limits: {limits}. Predicted there: {speed}.")
         notes += predicted["doubts"]
     return notes
 
@@ -224,6 +223,11 @@ def summary_of(run: RunFacts) -> list[tuple[str, str]]:
         ("processes", degrees or "one"),
         ("device", f"{config['device']['name']}, {config['device']['runtime']}"),
     ]
+
+
+def signed(value: float) -> str:
+    """With a sign of full width, where it is not nothing."""
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
 def megabytes(size: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_edge.report.facts import RunFacts
 
-OWN_READER = "megatron_edge"  # the runtime of devices on which this project's own reader, as verify runs it, is what runs
+OWN_READER = "megatron_edge"  # of devices that have no other runtime: verify itself runs the artifact in it
 
 
 @dataclass(frozen=True)

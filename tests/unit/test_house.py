@@ -16,6 +16,7 @@ PACKAGE = REPOSITORY / "megatron_edge"
 ROWS = (
     ("launch",),
     ("jobs",),
+    ("report",),
     ("verify",),
     ("train", "export", "serve"),
     ("checkpoint",),
