@@ -65,6 +65,7 @@ class RunFacts:
     verify: dict[str, Any] | None
     outcome: dict[str, Any] | None
     is_running: bool
+    newest_checkpoint: int | None
 
     @property
     def verify_is_stale(self) -> bool:
@@ -109,6 +110,7 @@ def read_run(run_dir: Path) -> RunFacts:
         verify=verify,
         outcome=(outcome := read_json(run_dir / OUTCOME_FILE)),
         is_running=outcome is None and _is_locked(run_dir / ".lock"),
+        newest_checkpoint=max((_step(path) for path in (run_dir / "checkpoints").glob("step_*")), default=None),
     )
 
 
@@ -170,6 +172,10 @@ def _artifact(directory: Path) -> ArtifactFacts | None:
         versions=manifest.versions,
         step=int(manifest.source.get("step", 0)),
     )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _losses_of_checkpoint(run_dir: Path) -> dict[str, float]:

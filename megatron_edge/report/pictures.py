@@ -36,11 +36,12 @@ Draw = Callable[["Figure", Palette], None]
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep, named in the picture by its `number` in the table. `loss_error` is a standard error."""
+    """One run of a sweep. `half` is half of the 95% interval of its loss's difference to the lowest."""
 
-    number: int
+    name: str
     size_mb: float
     loss: float
+    half: float | None
     ms_per_token: float | None
     on_front: bool
     holds: bool
@@ -103,62 +104,74 @@ def curve(
 ) -> str:
     """One number of metrics.jsonl over the steps. Steps that were skipped have no number, and a mark below."""
 
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
         steps = [record["step"] for record in metrics]
         values = [math.nan if record.get(key) is None else record[key] for record in metrics]
-        plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
-        marker = "o" if len(steps) <= 3 else ""
-        axes.plot(steps, values, color=palette.series, linewidth=1.8, marker=marker, markersize=4)
+        axes.plot(steps, values, color=palette.series, linewidth=1.8)
+        alone = [at for at, value in enumerate(values) if not math.isnan(value) and _is_alone(values, at)]
+        axes.plot([steps[at] for at in alone], [values[at] for at in alone], "o", color=palette.series, markersize=4)
         skipped = [record["step"] for record in metrics if record.get("skipped")]
+        plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
         if logarithmic:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
-            axes.yaxis.set_minor_formatter(plain if high < 30 * low else NullFormatter())
-        elif from_zero:
-            axes.set_ylim(bottom=0)
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(plain if high < 100 * low else NullFormatter())
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            if from_zero:
+                axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(plain)
         if skipped:
             place = axes.get_xaxis_transform()
             axes.plot(skipped, [0.03] * len(skipped), "|", color=palette.bad, transform=place, markersize=9)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if not logarithmic:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(plain)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("step")
 
     return svg(draw, (4.6, 2.5), f"{name} over the steps")
 
 
-def front(points: Sequence[Point], ms_name: str | None) -> Draw:
-    """Held-out loss over bytes; area of a point: ms per token. The line is the front of loss and bytes alone; what is
-    on the front by its time stands above it."""
+def _is_alone(values: Sequence[float], at: int) -> bool:
+    """No number on either side, so that no line shows it."""
+    return all(math.isnan(value) for value in (*values[max(at - 1, 0) : at], *values[at + 1 : at + 2]))
+
+
+def front(points: Sequence[Point]) -> Draw:
+    """Held-out loss over bytes; a point's area is its time per token. The line is the front of loss and bytes alone:
+    what no other beats by its time alone stands above it."""
 
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
-        times = [point.ms_per_token for point in points if point.ms_per_token is not None]
-        slowest = max(times, default=0.0)
+        slowest = max((point.ms_per_token or 0.0 for point in points), default=0.0)
         edge: list[Point] = []
         for point in sorted((p for p in points if p.on_front), key=lambda p: (p.size_mb, p.loss)):
             if not edge or point.loss < edge[-1].loss:
                 edge.append(point)
         where = [point.size_mb for point in edge], [point.loss for point in edge]
         axes.step(*where, where="post", color=palette.series, linewidth=1.4, alpha=0.6)
+        sizes = [point.size_mb for point in points]
+        middle = (min(sizes) + max(sizes)) / 2
         for point in points:
-            colour = palette.series if point.on_front else palette.soft
-            area = 70.0
-            if ms_name and point.ms_per_token and slowest:
-                area = 40 + 260 * point.ms_per_token / slowest
-            face = colour if point.on_front else "none"
+            area = 40 + 260 * point.ms_per_token / slowest if point.ms_per_token and slowest else 70.0
+            colour = palette.series if point.on_front else palette.soft if point.holds else palette.bad
+            face = colour if point.on_front else palette.surface
+            if point.half:
+                axes.errorbar(point.size_mb, point.loss, point.half, color=colour, elinewidth=1.0, capsize=3, alpha=0.7)
             axes.scatter(
                 [point.size_mb], [point.loss], s=area, facecolor=face, edgecolor=colour, linewidth=1.6, zorder=3,
                 marker="o" if point.holds else "X",
             )  # fmt: skip
+            side = 1 if point.size_mb <= middle else -1
+            below = -1 if point.on_front else 1  # left and below of a point of the front there is no other
             axes.annotate(
-                str(point.number), (point.size_mb, point.loss), xytext=(0, 4 + math.sqrt(area) / 2),
-                textcoords="offset points", ha="center", va="bottom", color=palette.ink, fontsize=11,
+                point.name, (point.size_mb, point.loss), xytext=(side * 8, below * (5 + math.sqrt(area) / 2)),
+                textcoords="offset points", ha="left" if side > 0 else "right", va="top" if below < 0 else "bottom",
+                color=palette.ink, fontsize=10, zorder=2.5,
+                bbox={"facecolor": palette.surface, "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
             )  # fmt: skip
         axes.margins(0.12, 0.18)
         axes.set_xlabel("weights, MB")

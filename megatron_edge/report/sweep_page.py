@@ -16,6 +16,7 @@ from megatron_edge.report.pictures import Point, front, png, svg
 from megatron_edge.report.tables import megabytes
 
 SIZE = (8.6, 4.6)  # inches
+MOST_NAMED = 12  # runs whose points have more than a number
 COLUMNS = (
     "number", "label", "status", "exit_code", "reason", "seconds", "verdict", "on_front", "heldout_nats_per_token",
     "standard_error", "above_best", "above_best_low", "above_best_high", "weights_bytes", "predicted_ms_per_token",
@@ -30,7 +31,7 @@ def write(comparison: Comparison) -> None:
             write_report(row.run_dir)
     directory = comparison.directory
     write_text(directory / "comparison.csv", csv_text(comparison))
-    draw = front(points_of(comparison), comparison.time_name)
+    draw = front(points_of(comparison))
     partial = directory / ".comparison.png.partial"
     partial.write_bytes(png(draw, SIZE))
     partial.replace(directory / "comparison.png")
@@ -38,9 +39,17 @@ def write(comparison: Comparison) -> None:
 
 
 def points_of(comparison: Comparison) -> list[Point]:
-    """Of the runs that have a loss and bytes, also where a check failed."""
+    """Of the runs that have a loss and bytes, also where a check failed. Many are named by their numbers alone."""
     return [
-        Point(row.number, row.size_bytes / 1e6, row.loss, comparison.ms(row), row.on_front, row.holds)
+        Point(
+            name=f"{row.number}  {row.label}" if len(comparison.rows) <= MOST_NAMED else str(row.number),
+            size_mb=row.size_bytes / 1e6,
+            loss=row.loss,
+            half=(row.difference.high - row.difference.low) / 2 if row.difference else None,
+            ms_per_token=comparison.ms(row),
+            on_front=row.on_front,
+            holds=row.holds,
+        )
         for row in comparison.rows
         if row.loss is not None and row.size_bytes is not None
     ]
@@ -72,11 +81,12 @@ def page_text(comparison: Comparison) -> str:
         directory=comparison.directory,
         name=comparison.directory.name,
         headline=_headline(comparison),
+        why=_why(comparison),
         level=_level(comparison),
         choices=_choices(comparison),
         failed=[{"number": row.number, "label": row.label, "status": row.status, "reason": row.reason,
                  "exit_code": row.exit_code} for row in failed],
-        picture=Markup(svg(front(points, comparison.time_name), SIZE, title)) if points else "",
+        picture=Markup(svg(front(points), SIZE, title)) if points else "",
         time_name=comparison.time_name,
         time_missing=comparison.time_missing,
         rows=[_shown(comparison, row) for row in ordered(comparison)],
@@ -84,11 +94,19 @@ def page_text(comparison: Comparison) -> str:
 
 
 def _headline(comparison: Comparison) -> str:
-    able = [row for row in comparison.rows if row.is_comparable]
-    on_front = sum(row.on_front for row in able)
+    on_front, total = sum(row.on_front for row in comparison.rows), len(comparison.rows)
+    if not on_front:
+        return f"Nothing to choose from in {total} runs"
+    return f"The best of {total} runs is one" if on_front == 1 else f"Choose among {on_front} of {total} runs"
+
+
+def _why(comparison: Comparison) -> str:
+    able = sum(row.is_comparable for row in comparison.rows)
+    failed = len(comparison.rows) - able
     if not able:
-        return f"None of {len(comparison.rows)} runs brought an artifact that holds"
-    return f"{len(able)} of {len(comparison.rows)} runs hold; {on_front} of them no other beats"
+        return "None has an artifact for which all checks hold."
+    words = f"{able} brought an artifact for which all checks made here hold; no other beats those of the front."
+    return f"{words} {failed} did not come through." if failed else words
 
 
 def _level(comparison: Comparison) -> str:

@@ -29,16 +29,23 @@ PARTS = (
 
 def tiles_of(run: RunFacts) -> list[dict[str, str]]:
     """What is known of quality, size, memory, speed and proof: label, value, note."""
-    found = [_quality(run), _size(run), _memory(run), *_speeds(run), _checks(run)]
+    found = [_progress(run), _quality(run), _size(run), _memory(run), *_speeds(run), _checks(run)]
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in found if tile is not None]
+
+
+def _progress(run: RunFacts) -> tuple[str, str, str] | None:
+    if run.verify is not None or run.artifact is not None:
+        return None
+    saved = f"the last checkpoint is of step {run.newest_checkpoint}" if run.newest_checkpoint is not None else ""
+    return "Progress", f"{run.steps_done} of {run.config['train']['steps']}", "steps; " + (saved or "no checkpoint yet")
 
 
 def _quality(run: RunFacts) -> tuple[str, str, str] | None:
     base, limit = run.baseline_loss, run.config["export"]["max_loss_rise"]
-    key = next((key for key in ("artifact", "trained", "ptq") if key in run.losses), None)
+    key = next((key for key in ("artifact", "trained") if key in run.losses), None)
     if base is None or key is None:
         return None
-    what = {"artifact": "The artifact", "trained": "Trained", "ptq": "Calibrated, not trained yet"}[key]
+    what = {"artifact": "The artifact", "trained": "Trained"}[key]
     rise = run.losses[key] - base
     than = "worse" if rise > 0 else "better"
     note = f"nats/token of loss. {what}, {than} than the model as it came; up to {limit:+g} was declared."

@@ -96,7 +96,7 @@ def runtime_absence(run: RunFacts) -> str | None:
 
 def words_of(check: dict[str, Any]) -> str:
     """One check in words: what, how much, how much was allowed, and the detail."""
-    text = f"{check['name']}: {check['metric']}: {number(check['value'])}, allowed {number(check['limit'])}"
+    text = f"{check['name']}: {check['metric']}: found {number(check['value'])}, allowed {number(check['limit'])}"
     return f"{text}. {check['detail']}" if check.get("detail") else text
 
 

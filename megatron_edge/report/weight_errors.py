@@ -70,7 +70,7 @@ def weight_errors(checkpoint: Path, reader: ArtifactReader, hf_config: dict[str,
         placed: dict[str, list[Any]] = {}
         for piece in pieces(rule, dims):
             placed.setdefault(piece.target.removesuffix(".weight"), []).append(piece)
-        for name in sorted(set(placed) & set(reader.manifest.linears)):
+        for name in (name for name in placed if name in reader.manifest.linears):
             entry, weight = reader.manifest.linears[name], source.parameter(rule.pattern)
             error = norm = 0.0
             row = 0
