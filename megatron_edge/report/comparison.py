@@ -246,7 +246,8 @@ def table(comparison: Comparison) -> Table:
 
 def ordered(comparison: Comparison) -> list[Row]:
     def place(row: Row) -> tuple[bool, bool, float, int]:
-        return not row.on_front, not row.is_comparable, row.loss or 0.0, row.number
+        loss = row.loss if row.is_comparable and row.loss is not None else 0.0
+        return not row.on_front, not row.is_comparable, loss, row.number
 
     return sorted(comparison.rows, key=place)
 

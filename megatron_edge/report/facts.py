@@ -75,6 +75,13 @@ class RunFacts:
         return bool(self.verify["artifact"]["manifest_sha256"] != self.artifact.manifest_sha256)
 
     @property
+    def is_whole(self) -> bool:
+        """verify found every tensor and file of this artifact as it was written."""
+        checks = (self.verify or {}).get("checks", [])
+        whole = any(check["name"] == "integrity" and check["ok"] for check in checks)
+        return whole and self.artifact is not None and not self.verify_is_stale
+
+    @property
     def baseline_loss(self) -> float | None:
         return next((self.losses[name] for name in BASELINES if name in self.losses), None)
 
@@ -159,10 +166,12 @@ def _heldout(run_dir: Path) -> HeldOut | None:
 
 
 def _artifact(directory: Path) -> ArtifactFacts | None:
+    """None also where the manifest is damaged, which is for verify to say."""
     file = directory / MANIFEST_FILE
-    if not file.is_file():
+    try:
+        reader = ArtifactReader(directory)
+    except InputError:
         return None
-    reader = ArtifactReader(directory)
     manifest = reader.manifest
     return ArtifactFacts(
         directory=directory,

@@ -7,6 +7,7 @@ anywhere else. What is not there is left out or named as missing, never made up.
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         InputError: `run_dir` is no run directory, or a file in it is damaged.
     """
-    weight_errors.measure(run_dir)
+    run = read_run(run_dir)
     path = run_dir / REPORT_FILE
-    write_text(path, run_page(read_run(run_dir)))
+    write_text(path, run_page(replace(run, weight_errors=weight_errors.measure(run))))
     return path
 
 
@@ -114,6 +115,8 @@ def _training_words(run: RunFacts) -> str:
 def _why_no_heat(run: RunFacts) -> str:
     if run.config["quant"]["weight"] == "none" and not run.config["quant"]["overrides"]:
         return "No linear layer is quantised."
+    if not run.is_whole:
+        return "Not measured: verify did not find this artifact whole."
     return "Not measured: the checkpoint that the artifact was made from is not in this run directory any more."
 
 

@@ -146,6 +146,9 @@ def front(points: Sequence[Point]) -> Draw:
 
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
+        if not points:
+            axes.text(0.5, 0.5, "no run came to a result", ha="center", color=palette.soft, transform=axes.transAxes)
+            return
         slowest = max((point.ms_per_token or 0.0 for point in points), default=0.0)
         edge: list[Point] = []
         for point in sorted((p for p in points if p.on_front), key=lambda p: (p.size_mb, p.loss)):

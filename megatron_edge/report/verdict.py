@@ -30,8 +30,6 @@ def verdict_of(run: RunFacts) -> Verdict:
         return ended
     if run.verify is None:
         return Verdict("no", "Do not ship this", "It was never verified: there is no verify.json.")
-    if run.artifact is None:
-        return Verdict("no", "Do not ship this", "There is no artifact: what verify.json speaks of is gone.")
     if run.verify_is_stale:
         why = "The artifact was made anew after it was verified: run launch/verify.py on it."
         return Verdict("no", "Do not ship this", why)
@@ -40,6 +38,9 @@ def verdict_of(run: RunFacts) -> Verdict:
     if failed or not run.verify["ok"]:
         why = f"{len(failed)} of {len(checks)} checks do not hold."
         return Verdict("no", "Do not ship this", why, tuple(words_of(check) for check in failed))
+    if run.artifact is None:
+        why = "There is no artifact that can be read: what verify.json speaks of is gone."
+        return Verdict("no", "Do not ship this", why)
     device = run.config["device"]
     absent = runtime_absence(run)
     if absent is not None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, sha256_of_file
+from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.export.gather import CheckpointTensors, rows_of
 from megatron_edge.families import all_rules, dims_of, pieces, rules_of
 from megatron_edge.log import track
-from megatron_edge.report.facts import WEIGHT_ERRORS_FILE, read_json, write_text
+from megatron_edge.report.facts import WEIGHT_ERRORS_FILE, RunFacts, write_text
 
 log = logging.getLogger("megatron_edge")
 
@@ -33,32 +33,30 @@ class WeightError:
     relative_squared_error: float
 
 
-def measure(run_dir: Path) -> None:
-    """Writes weight_errors.json, unless it is there for this artifact, or there is none, or its checkpoint is gone.
+def measure(run: RunFacts) -> dict[str, Any] | None:
+    """What weight_errors.json holds, written where it is not there for this artifact yet. None where there is no
+    artifact that verify found whole, nothing in it is quantised, or its checkpoint is gone.
 
     Raises:
-        InputError: a tensor of the checkpoint or of the artifact cannot be read.
+        InputError: a tensor of the checkpoint cannot be read.
     """
-    artifact = run_dir / "artifact" / "canonical"
-    if not (artifact / MANIFEST_FILE).is_file():
-        return
-    manifest_sha256 = sha256_of_file(artifact / MANIFEST_FILE)
-    known = read_json(run_dir / WEIGHT_ERRORS_FILE)
-    if known is not None and known["manifest_sha256"] == manifest_sha256:
-        return
-    (run_dir / WEIGHT_ERRORS_FILE).unlink(missing_ok=True)  # of another artifact
-    reader = ArtifactReader(artifact)
-    checkpoint = run_dir / "checkpoints" / f"step_{reader.manifest.source.get('step', 0):08d}"
+    if run.artifact is None or not run.is_whole:
+        return None
+    if run.weight_errors is not None and run.weight_errors["manifest_sha256"] == run.artifact.manifest_sha256:
+        return run.weight_errors
+    reader = ArtifactReader(run.artifact.directory)
+    checkpoint = run.directory / "checkpoints" / f"step_{run.artifact.step:08d}"
     if not checkpoint.is_dir() or not reader.manifest.linears:
-        return
-    hf_config = json.loads((artifact / "config.json").read_text())
+        return None
+    hf_config = json.loads((run.artifact.directory / "config.json").read_text())
     errors = weight_errors(checkpoint, reader, hf_config)
     found = {
-        "manifest_sha256": manifest_sha256,
+        "manifest_sha256": run.artifact.manifest_sha256,
         "checkpoint": checkpoint.name,
         "linears": {name: asdict(error) for name, error in errors.items()},
     }
-    write_text(run_dir / WEIGHT_ERRORS_FILE, json.dumps(found, indent=1) + "\n")
+    write_text(run.directory / WEIGHT_ERRORS_FILE, json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def weight_errors(checkpoint: Path, reader: ArtifactReader, hf_config: dict[str, Any]) -> dict[str, WeightError]:
