@@ -37,7 +37,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench", "sweep",
+    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench", "sweep", "log",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
     "train.cuda_graph",
 )  # fmt: skip
@@ -208,6 +208,13 @@ class BenchConfig:
     output: str | None = leaf("the JSON file; null is bench_qat_step.json in run_dir")
 
 
+@dataclass(frozen=True)
+class LogConfig:
+    tracker: Literal["none", "wandb", "mlflow"] = leaf("where metrics go beside metrics.jsonl and TensorBoard")
+    project: str = leaf("project of Weights & Biases, or experiment of MLflow")
+    store: str | None = leaf("MLflow's tracking URI; null is the directory mlruns beside run_dir")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     scenario: str = leaf("name of the overlay, empty without one")
@@ -229,6 +236,7 @@ class RunConfig:
     device: DeviceProfile
     search: SearchConfig
     bench: BenchConfig
+    log: LogConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)

@@ -23,6 +23,7 @@ from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
 from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.runtime.launcher import Launch
+from megatron_edge.tracking import check_tracker
 from megatron_edge.train.data import load_data
 
 log = logging.getLogger("megatron_edge")
@@ -41,6 +42,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     check_backend(config)
+    check_tracker(config)
     source = open_model(config.model)
     teacher = teacher_source(config, source)
     config, layout = _chosen(config, layout, source, teacher)

@@ -31,6 +31,7 @@ from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
+from megatron_edge.tracking import tracked
 from megatron_edge.train import graph, reference, step
 from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
 from megatron_edge.train.distill import Distillation
@@ -313,11 +314,13 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     with (
         MetricsWriter(run.directory, session.rank, after_step=found.step) as metrics,
         TrainingProgress(steps, found.step, session.rank, config.train.log_every_steps) as progress,
+        tracked(config, session.rank) as track_metrics,
     ):
 
         def report(values: dict[str, float]) -> None:
             metrics.write(values)
             progress.update(values)
+            track_metrics(values)
 
         fit(
             wrapped,

@@ -23,7 +23,7 @@ ROWS = (
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "checks", "recipe", "artifact", "families"),
+    ("memory", "checks", "recipe", "artifact", "families", "tracking"),
     ("compose", "config", "contracts", "log"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
