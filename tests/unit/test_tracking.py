@@ -1,5 +1,5 @@
-"""Optional trackers: an absent package is refused before anything is spent, one that fails ends nothing, and what MLflow
-is told is read back from its store where its package is installed."""
+"""Optional trackers: an absent package is refused before anything is spent, one that fails ends nothing, and MLflow
+is told every step, read back from its store where its package is installed."""
 
 from __future__ import annotations
 
