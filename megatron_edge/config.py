@@ -41,8 +41,8 @@ BUILT_ELSEWHERE: tuple[Target, ...] = ("onnx",)
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "runtimes", "budget", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search",
-    "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
+    "runtimes", "budget", "sweep", "log", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name",
+    "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
     "train.log_every_steps", "train.cuda_graph",
 )  # fmt: skip
 
@@ -215,6 +215,13 @@ class BenchConfig:
     output: str | None = leaf("the JSON file; null is bench_qat_step.json in run_dir")
 
 
+@dataclass(frozen=True)
+class LogConfig:
+    tracker: Literal["none", "wandb", "mlflow"] = leaf("where metrics go beside metrics.jsonl and TensorBoard")
+    project: str = leaf("project of Weights & Biases, or experiment of MLflow")
+    store: str | None = leaf("MLflow's tracking URI; null is the directory mlruns beside run_dir")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     scenario: str = leaf("name of the overlay, empty without one")
@@ -225,6 +232,7 @@ class RunConfig:
     job: Literal["qat_step"] = leaf("what launch/bench.py times")
     runtimes: list[Runtime] = leaf("verify: those that must run the artifact; [] is all that are here, without demand")
     reference: str | None = leaf("verify: the run directory whose trained model the artifact is compared with")
+    sweep: str | None = leaf("report: the directory of a sweep (with its sweep.json), whose runs are compared")
     model: ModelConfig
     parallel: ParallelConfig
     quant: QuantConfig
@@ -237,6 +245,7 @@ class RunConfig:
     budget: BudgetConfig
     search: SearchConfig
     bench: BenchConfig
+    log: LogConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)

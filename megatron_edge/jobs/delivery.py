@@ -34,6 +34,8 @@ from megatron_edge.jobs.preflight import CONFIG_FILE
 from megatron_edge.log import console
 from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.quantize import policy
+from megatron_edge.report.facts import bf16_bytes
+from megatron_edge.report.page import write_report
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.verify.report import Limits, Verification, table, verify_artifact
 
@@ -85,6 +87,7 @@ def verify(config: RunConfig, launch: Launch) -> None:
     of_run = replace(from_yaml((run_dir / CONFIG_FILE).read_text()), runtimes=config.runtimes)
     report = _verify(of_run, _intact_config(artifact), artifact, run_dir)
     console().print(table(report))
+    log.info("report: %s", write_report(run_dir))
     _raise_unless_ok(report, run_dir / "verify.json")
 
 
@@ -250,7 +253,7 @@ def _summary(config: RunConfig, report: Verification) -> None:
     console().print(table(report))
     console().print(shown)
     reader = ArtifactReader(artifact_dir(config))
-    before = sum(_bf16_bytes(reader))
+    before = bf16_bytes(reader.manifest.linears, reader.manifest.tensors)
     plan = json.loads((run_dir / "plan.json").read_text())
     log.info(
         "weights: %.1f MB, %.1f MB in bf16 (%.3f)",
@@ -273,16 +276,6 @@ def _summary(config: RunConfig, report: Verification) -> None:
             speed, peak = ran["tokens_per_second"], ran["peak_rss_bytes"] / 2**20
             log.info("%.1f tokens/s with %d thread(s), %.0f MiB resident at most", speed, ran["threads"], peak)
     deployable, why = report.deployable
-    log.info("deployable: %s, %s", "yes" if deployable else "NO", why)
+    log.info("deployable: %s, %s", "yes" if deployable else "not yet", why)
     log.info("artifact: %s", artifact_dir(config))
     log.info("next: python launch/evaluate.py artifact=%s data.heldout=YOUR_TEXT", artifact_dir(config))
-
-
-def _bf16_bytes(reader: ArtifactReader) -> list[int]:
-    linears = [2 * entry.shape[0] * entry.shape[1] for entry in reader.manifest.linears.values()]
-    plain = [
-        2 * torch.Size(entry.shape).numel()
-        for entry in reader.manifest.tensors.values()
-        if entry.format in ("bf16", "fp32", "fp16")
-    ]
-    return linears + plain

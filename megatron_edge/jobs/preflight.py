@@ -25,6 +25,7 @@ from megatron_edge.jobs import layouts
 from megatron_edge.jobs.teacher import check_teacher, teacher_source
 from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.runtime.launcher import Launch
+from megatron_edge.tracking import check_tracker
 from megatron_edge.train.data import load_data
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     """
     config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
     check_backend(config)
+    check_tracker(config)
     source = open_model(config.model)
     teacher = teacher_source(config, source)
     config, layout = _chosen(config, layout, source, teacher)
@@ -224,7 +226,8 @@ def _clear(run_dir: Path) -> None:
     for name in ("checkpoints", "reference", "artifact"):
         if (run_dir / name).exists():
             shutil.rmtree(run_dir / name)
-    (run_dir / "verify.json").unlink(missing_ok=True)
+    for name in ("verify.json", "weight_errors.json", "report.html", "outcome.json"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _write_config(config: RunConfig) -> None:

@@ -22,6 +22,7 @@ from megatron_edge.checks import check_model_dims
 from megatron_edge.contracts import InputError, QuantPlan, QuantReport
 from megatron_edge.jobs import evaluation
 from megatron_edge.jobs.delivery import finish
+from megatron_edge.jobs.outcome import recorded
 from megatron_edge.jobs.preflight import records_steps
 from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
@@ -30,6 +31,7 @@ from megatron_edge.model.source import ModelSource, open_model
 from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
+from megatron_edge.tracking import tracked
 from megatron_edge.train import graph, reference, step
 from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
 from megatron_edge.train.distill import Distillation
@@ -75,6 +77,7 @@ class _Run:
         return self.extra.setdefault("losses_nats_per_token", {})
 
 
+@recorded
 def qat(config: RunConfig, launch: Launch) -> None:
     """The whole job. Every rank calls it; export and verify run on rank 0 after the others are gone."""
     source = open_model(config.model)
@@ -311,11 +314,13 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     with (
         MetricsWriter(run.directory, session.rank, after_step=found.step) as metrics,
         TrainingProgress(steps, found.step, session.rank, config.train.log_every_steps) as progress,
+        tracked(config, session.rank) as track_metrics,
     ):
 
         def report(values: dict[str, float]) -> None:
             metrics.write(values)
             progress.update(values)
+            track_metrics(values)
 
         fit(
             wrapped,

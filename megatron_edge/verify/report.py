@@ -47,7 +47,7 @@ class Verification(VerifyReport):
 
     @property
     def deployable(self) -> tuple[bool, str]:
-        """Whether it may go to the device, and why (not). What no runtime ran is not deployable."""
+        """Whether it may go to the device, and why (not): only what the device's own runtime ran."""
         ran = [name for name, row in self.runtimes.items() if row["status"] == "ran"]
         if not self.ok:
             return False, "a check does not hold"
@@ -55,7 +55,7 @@ class Verification(VerifyReport):
             return False, "no runtime ran it here"
         if self.device_runtime in (*ran, None):
             return True, f"it ran in {', '.join(ran)}"
-        return True, f"it ran in {', '.join(ran)}; {self.device_runtime}, the device's own runtime, did not run here"
+        return False, f"it ran in {', '.join(ran)}, but not in {self.device_runtime}, which is to run it on the device"
 
 
 @dataclass(frozen=True)

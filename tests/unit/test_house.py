@@ -16,13 +16,14 @@ PACKAGE = REPOSITORY / "megatron_edge"
 ROWS = (
     ("launch",),
     ("jobs",),
+    ("report",),
     ("verify",),
     ("train", "export", "serve"),
     ("checkpoint",),
     ("quantize",),
     ("model",),
     ("runtime",),
-    ("memory", "deployment", "checks", "target_checks", "devices", "recipe", "artifact", "families"),
+    ("memory", "deployment", "checks", "target_checks", "devices", "recipe", "artifact", "families", "tracking"),
     ("compose", "templates", "config", "leaves", "contracts", "log", "target_limits"),
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}

@@ -45,5 +45,6 @@ def test_a_runtime_that_ran_is_in_the_report(tiny: Tiny, tmp_path: Path) -> None
     row = facts["runtimes"]["transformers"]
     assert (row["status"], row["target"]) == ("ran", "compressed_tensors")
     assert row["recipe"] == "decoded weights with float32 inputs, KV cache in float32"
-    words = "it ran in transformers; llama.cpp, the device's own runtime, did not run here"
-    assert facts["deployable"] == {"ok": True, "why": words}
+    words = "it ran in transformers, but not in llama.cpp, which is to run it on the device"
+    assert facts["deployable"] == {"ok": False, "why": words}
+    assert dataclasses.replace(report, device_runtime="transformers").deployable == (True, "it ran in transformers")
