@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from megatron_edge.contracts import DeviceProfile, InputError
+from megatron_edge.contracts import ClusterConfig, DeviceProfile, InputError
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +37,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench",
+    "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name", "search", "job", "bench", "cluster",
     "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.log_every_steps",
     "train.cuda_graph",
 )  # fmt: skip
@@ -228,6 +228,7 @@ class RunConfig:
     device: DeviceProfile
     search: SearchConfig
     bench: BenchConfig
+    cluster: ClusterConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)
