@@ -1,8 +1,8 @@
 """From a command line to a RunConfig: Hydra composes conf/, each argument is checked before it does.
 
-In: the arguments of a launcher (key=value, group=option, +scenario=name). Out: a frozen `RunConfig`, or Hydra's multirun
-over them. Rank 0 alone calls this. Nobody past this module sees a DictConfig; `hydra` is imported only here and by its
-plugins.
+In: the arguments of a launcher (key=value, group=option, +scenario=name). Out: a frozen `RunConfig`, or Hydra's
+multirun over them. Rank 0 alone calls this. Nobody past this module sees a DictConfig; `hydra` is imported only here
+and by its plugins.
 """
 
 from __future__ import annotations

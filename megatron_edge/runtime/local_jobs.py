@@ -1,7 +1,7 @@
 """The jobs of a sweep on this machine: each under its own torchrun, in turn or as many as have GPUs of their own.
 
-In: planned jobs. Out: each with its outcome; what they say goes to logs/ and, as it comes, to stderr. SIGTERM and SIGINT
-are handed to the ranks, which save; jobs that have not begun are cancelled. Called by the torchrun launcher.
+In: planned jobs. Out: each with its outcome; what they say goes to logs/ and, as it comes, to stderr. SIGTERM and
+SIGINT are handed to the ranks, which save; jobs that have not begun are cancelled. Called by the torchrun launcher.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def _ranks(job: Job, ranks: int | None) -> int:
     return ranks or fewest_ranks(job.config.parallel)
 
 
-def _start(
-    sweep: Sweep, job: Job, ranks: int | None, gpus: list[str], limit: int, number: int, total: int
-) -> _Running:
+def _start(sweep: Sweep, job: Job, ranks: int | None, gpus: list[str], limit: int, number: int, total: int) -> _Running:
     assert job.config is not None
     count, arguments, environment = _ranks(job, ranks), list(job.overrides), dict(os.environ)
     if gpus:

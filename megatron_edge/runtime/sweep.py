@@ -83,7 +83,9 @@ class Sweep:
         for job in planned:
             other = taken.setdefault(job.run_dir, job)
             if other.overrides != job.overrides and self.own_run_dir:
-                raise InputError(f"run_dir={job.run_dir}: {other.name} and {job.name} would share it; allowed: one each")
+                raise InputError(
+                    f"run_dir={job.run_dir}: {other.name} and {job.name} would share it; allowed: one each"
+                )
         self.jobs += planned
         for job in planned:
             self._check(job)
@@ -110,10 +112,10 @@ class Sweep:
         except InputError as error:
             job.ended("failed", 2, f"error: {error}")
             return
-        before = self.earlier.get(job.name)
-        if before and before["overrides"] == job.overrides and before["status"] in ("done", "skipped"):
-            if Path(job.run_dir).is_dir():
-                job.ended("skipped", 0, "done before", before["seconds"])
+        before = self.earlier.get(job.name, {})
+        same = before and before["overrides"] == job.overrides and before["status"] in ("done", "skipped")
+        if same and Path(job.run_dir).is_dir():
+            job.ended("skipped", 0, "done before", before["seconds"])
 
     @property
     def waiting(self) -> list[Job]:
