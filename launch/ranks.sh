@@ -8,6 +8,7 @@
 # Returns the ranks' exit code (README: Exit codes); 75 where the job is queued again: SLURM then starts it anew.
 
 _told=""
+QUEUED_AGAIN=""  # set where the job is to start anew
 _tell_ranks() {  # their own handlers save; srun itself would end them at once on SIGTERM
     _told=1
     scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true  # steps only, not this script
@@ -30,7 +31,7 @@ run_ranks() {
     fi
     if { [ "$code" -eq 75 ] || [ -n "$_told" ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_REQUEUES:-20}" ]; then
         echo "queued again: job $SLURM_JOB_ID was stopped (exit code $code), start $((${SLURM_RESTART_COUNT:-0} + 2)) follows" >&2
-        scontrol requeue "$SLURM_JOB_ID" && return 75
+        scontrol requeue "$SLURM_JOB_ID" && QUEUED_AGAIN=1 && return 75
     fi
     return "$code"
 }

@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from megatron_edge import compose
-from megatron_edge.runtime.local_jobs import Watch, run_jobs
+from megatron_edge.runtime import local_jobs, slurm_jobs
 from megatron_edge.runtime.sweep import Job, Sweep
 
 
@@ -26,7 +26,7 @@ class _JobLauncher(Launcher):
 
     def __init__(self, own_run_dir: bool) -> None:
         self.own_run_dir = own_run_dir
-        self.watch: Watch | None = None
+        self.watch: local_jobs.Watch | None = None
         self._sweep: Sweep | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -51,7 +51,18 @@ class TorchrunLauncher(_JobLauncher):
         self.ranks, self.at_once = ranks, at_once
 
     def run(self, sweep: Sweep, jobs: list[Job]) -> None:
-        run_jobs(sweep, jobs, ranks=self.ranks, at_once=self.at_once, watch=self.watch)
+        local_jobs.run_jobs(sweep, jobs, ranks=self.ranks, at_once=self.at_once, watch=self.watch)
+
+
+class SlurmLauncher(_JobLauncher):
+    """The jobs as arrays of Slurm; this process waits for them."""
+
+    def __init__(self, poll_seconds: float, own_run_dir: bool) -> None:
+        super().__init__(own_run_dir)
+        self.poll_seconds = poll_seconds
+
+    def run(self, sweep: Sweep, jobs: list[Job]) -> None:
+        slurm_jobs.run_jobs(sweep, jobs, self.poll_seconds)
 
 
 def _returned(job: Job) -> Any:

@@ -64,7 +64,7 @@ class _Stop:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
+def stop_on_signal() -> Iterator[_Stop]:
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -86,7 +86,7 @@ def run_jobs(
     free, limit = list(gpus), at_once or (len(jobs) if gpus else 1)
     running: list[_Running] = []
     watched = time.monotonic()
-    with _stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         while running or (waiting and not stop.requested):
             while waiting and len(running) < limit and not stop.requested:
                 needed = min(_ranks(waiting[0], ranks), len(gpus))
