@@ -263,6 +263,11 @@ def multirun(script: str, arguments: Sequence[str], reads_run: bool) -> tuple[Pa
         directory = str(named["run_dir"].value())
         parsed = [override for override in parsed if override.key_or_group != "run_dir"]
     directory = next((a.partition("=")[2].strip("'\"") for a in hydra if a.startswith("hydra.sweep.dir=")), directory)
+    for override in parsed:
+        if override.is_sweep_override() and override.is_interval_sweep() and "hydra/sweeper=optuna" not in hydra:
+            raise InputError(
+                f"{override.input_line}: an interval is for hydra/sweeper=optuna; allowed: a,b  range(...)"
+            )
     lines = [f"{'+' if o.key_or_group == 'scenario' else ''}{o.input_line.lstrip('+')}" for o in parsed]
     hydra += [f"hydra.sweep.dir='{directory}'", f"hydra.launcher.own_run_dir={str(not reads_run).lower()}"]
     try:

@@ -315,5 +315,5 @@ class ClusterConfig:
     at_once: int | None = _doc("jobs of an array at a time", low=1)
     signal_seconds: int = _doc("how long before the time limit a job is told to save", low=1)
     requeues: int = _doc("how often a job may be queued again after it was stopped", low=0)
-    options: list[str] = _doc("further options of sbatch, such as [--qos=high]")
+    options: list[str] = _doc("further options of sbatch, such as ['--qos=high']")
     before: list[str] = _doc("lines of shell before the ranks start, such as ['module load cuda']")

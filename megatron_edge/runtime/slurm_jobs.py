@@ -1,8 +1,8 @@
 """The jobs of a sweep on Slurm: an array of batch jobs, each of whose ranks is a task of srun (launch/ranks.sh).
 
-In: planned jobs, shaped by cluster=. Out: each with its outcome, from the exit code that its batch script wrote down; Slurm
-is asked only about jobs that wrote none (cancelled, lost, out of time). Called by the Slurm launcher, which waits for
-the jobs; where it is stopped, it cancels them.
+In: planned jobs, shaped by cluster=. Out: each with its outcome, from the exit code that its batch script wrote down;
+Slurm is asked only about jobs that wrote none (cancelled, lost, out of time). Called by the Slurm launcher, which waits
+for the jobs; where it is stopped, it cancels them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import ClusterConfig, InputError
 from megatron_edge.runtime.local_jobs import stop_on_signal
-from megatron_edge.runtime.sweep import Job, Sweep, outcome
+from megatron_edge.runtime.sweep import Job, Status, Sweep, outcome
 from megatron_edge.runtime.topology import fewest_ranks
 
 RANKS_SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "ranks.sh"
@@ -70,7 +70,7 @@ def run_jobs(sweep: Sweep, jobs: list[Job], poll_seconds: float) -> None:
 
 
 def ranks_per_node(config: RunConfig) -> int:
-    """Raises InputError where the layout's processes are no whole number on each of cluster.nodes."""
+    """cluster.ranks_per_node, or as few as hold the layout; one that they do not divide into is refused by the job."""
     cluster, fewest = config.cluster, fewest_ranks(config.parallel)
     return cluster.ranks_per_node or max(1, -(-fewest // cluster.nodes))
 
@@ -160,7 +160,7 @@ def _end(sweep: Sweep, array: _Array, index: int, job: Job, state: str) -> None:
         code, ran = written.read_text().split()
         outcome(job, int(code), said, float(ran))
     if state == "CANCELLED" or job.status in ("waiting", "running"):
-        status = "cancelled" if state == "CANCELLED" else "failed"
+        status: Status = "cancelled" if state == "CANCELLED" else "failed"
         words = f"Slurm job {array.number}_{index}: {state or 'no longer known to Slurm'}"
         job.ended("done" if job.exit_code == 0 else status, job.exit_code, words, job.seconds or seconds)
 

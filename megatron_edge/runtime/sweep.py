@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,26 +78,27 @@ class Sweep:
 
         Nothing is started before all of them are known. Raises InputError where two would share a run directory.
         """
-        planned = [self._job(list(arguments)) for arguments in combinations]
-        taken: dict[str, Job] = {job.run_dir: job for job in self.jobs if self.own_run_dir}
+        planned: list[Job] = []
+        for arguments in combinations:
+            planned.append(self._job(list(arguments), [*self.jobs, *planned]))
         for job in planned:
+            self._check(job)
+        taken = {job.run_dir: job for job in self.jobs}
+        for job in planned if self.own_run_dir else ():
             other = taken.setdefault(job.run_dir, job)
-            if other.overrides != job.overrides and self.own_run_dir:
+            if other.overrides != job.overrides:
                 raise InputError(
                     f"run_dir={job.run_dir}: {other.name} and {job.name} would share it; allowed: one each"
                 )
         self.jobs += planned
-        for job in planned:
-            self._check(job)
         self.write()
         return planned
 
-    def _job(self, arguments: list[str]) -> Job:
+    def _job(self, arguments: list[str], others: list[Job]) -> Job:
         parts = [a.lstrip("+").replace("=", "-", 1) for a in arguments if a.lstrip("+").split("=")[0] in self.swept]
         name = re.sub(r"[^\w.-]+", "-", "__".join(sorted(parts))) or "job"
         mark = hashlib.sha256("\0".join([self.script, *arguments]).encode()).hexdigest()[:8]
-        same = any(job.name == name and job.overrides != arguments for job in self.jobs)
-        if len(name) > LONGEST_NAME or same:
+        if len(name) > LONGEST_NAME or any(job.name == name for job in others):
             name = f"{name[:LONGEST_NAME]}-{mark}"
         if self.own_run_dir and not any(argument.startswith("run_dir=") for argument in arguments):
             arguments = [*arguments, f"run_dir='{self.directory / name}'"]
@@ -181,18 +182,36 @@ def objectives(job: Job) -> dict[str, float]:
     return found
 
 
-def show(jobs: Sequence[Job], directory: Path, front: Callable[[Job], bool] | None = None) -> None:
-    """The table at the end of a sweep, and where its files are."""
+def front(jobs: Sequence[Job]) -> list[Job]:
+    """Those that no other beats: none has less of one objective and not more of the other."""
+    found = [(job, tuple(objectives(job).values())) for job in jobs]
+    whole = [(job, values) for job, values in found if len(values) == 2]
+    return [
+        job
+        for job, mine in whole
+        if not any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for _, other in whole)
+    ]
+
+
+def show(jobs: Sequence[Job], directory: Path) -> None:
+    """The table at the end of a sweep; a star marks the front of held-out loss and bytes."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("job", "status", "held-out nats/token", "MB", "seconds", "reason", title=f"sweep {directory}")
+    table = Table("", "job", "status", "held-out nats/token", "MB", "seconds", "reason", title=f"sweep {directory}")
     colours = {"done": "green", "failed": "red", "skipped": "cyan", "cancelled": "yellow"}
+    best = front(jobs)
     for job in jobs:
         code = f" ({job.exit_code})" if job.exit_code else ""
         status = f"[{colours.get(job.status, 'white')}]{job.status}{code}[/]"
-        mark = " *" if front and front(job) else ""
-        row = (escape(job.name) + mark, status, *_result(job), f"{job.seconds:.1f}", escape(job.reason or ""))
+        row = (
+            "*" if job in best else "",
+            escape(job.name),
+            status,
+            *_result(job),
+            f"{job.seconds:.1f}",
+            escape(job.reason or ""),
+        )
         table.add_row(*row)
     console().print(table)
 
