@@ -8,7 +8,7 @@
 # Returns the ranks' exit code (README: Exit codes); 75 where the job is queued again: SLURM then starts it anew.
 
 _told=""
-QUEUED_AGAIN=""  # set where the job is to start anew
+LEFT_TO_SLURM=""  # set where the code is not how the job ends: it starts anew, or was cancelled
 _tell_ranks() {  # their own handlers save; srun itself would end them at once on SIGTERM
     _told=1
     scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true  # steps only, not this script
@@ -24,14 +24,17 @@ run_ranks() {
     wait "$ranks"
     code=$?
     [ "$code" -ne 0 ] || return 0
+    # Queueing again works on a cancelled job too, and would undo it. "COMPLETING": it was cancelled, or Slurm itself has
+    # begun to end it or to queue it again.
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
-    if [ "$state" = CANCELLED ]; then
-        echo "cancelled: job $SLURM_JOB_ID, not queued again" >&2
+    if [ "$state" != RUNNING ]; then
+        LEFT_TO_SLURM=1
+        echo "not queued again from here: job $SLURM_JOB_ID is $state (exit code $code)" >&2
         return "$code"
     fi
     if { [ "$code" -eq 75 ] || [ -n "$_told" ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_REQUEUES:-20}" ]; then
         echo "queued again: job $SLURM_JOB_ID was stopped (exit code $code), start $((${SLURM_RESTART_COUNT:-0} + 2)) follows" >&2
-        scontrol requeue "$SLURM_JOB_ID" && QUEUED_AGAIN=1 && return 75
+        scontrol requeue "$SLURM_JOB_ID" && LEFT_TO_SLURM=1 && return 75
     fi
     return "$code"
 }

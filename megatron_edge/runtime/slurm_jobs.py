@@ -128,7 +128,7 @@ def batch_script(sweep: Sweep, cluster: ClusterConfig, ranks: int, num_jobs: int
             'mapfile -t arguments < "$folder/$SLURM_ARRAY_TASK_ID.arguments"',
             f'run_ranks {shlex.quote(os.path.abspath(sweep.script))} "${{arguments[@]}}"',
             "code=$?",
-            '[ -n "$QUEUED_AGAIN" ] || echo "$code $SECONDS" > "$folder/$SLURM_ARRAY_TASK_ID.exit"',
+            '[ -n "$LEFT_TO_SLURM" ] || echo "$code $SECONDS" > "$folder/$SLURM_ARRAY_TASK_ID.exit"',
             "exit $code",
             "",
         ]

@@ -25,7 +25,7 @@ REASON = f"{', '.join(MISSING)} not installed" if MISSING else "Slurm's daemons 
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"{REASON}; tests/slurm/start.sh does both"),
 ]
 
