@@ -89,7 +89,7 @@ def run(environment: dict[str, str], directory: Path, *command: str | Path) -> s
     )
 
 
-def until(holds: Callable[[], bool], seconds: float = 300) -> None:
+def until(holds: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "not so in time"
