@@ -1,14 +1,16 @@
 """From a command line to a RunConfig: Hydra composes conf/, each argument is checked before it does.
 
-In: the arguments of a launcher (key=value, group=option, +scenario=name). Out: a frozen `RunConfig`. Rank 0 alone calls
-this. Nobody past this module sees a DictConfig, and `hydra` is imported only here.
+In: the arguments of a launcher (key=value, group=option, +scenario=name). Out: a frozen `RunConfig`, or Hydra's
+multirun over them. Rank 0 alone calls this. Nobody past this module sees a DictConfig; `hydra` is imported only here
+and by its plugins.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -113,6 +115,13 @@ def _check_key(key: str, values: list[Any]) -> None:
         raise refuse_unknown(key, key, allowed or [*GROUPS, *(name for name in leaves() if "." not in name)])
 
 
+def _values(override: Any) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override.value()]
+    # Of an interval there are no values before a search asks for them; no group has one.
+    return [] if override.is_interval_sweep() else list(override.sweep_string_iterator())
+
+
 def _parse(arguments: Sequence[str]) -> list[Any]:
     """Hydra's own parsed overrides, each with a key that exists and, for a group, an option that exists."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -126,10 +135,24 @@ def _parse(arguments: Sequence[str]) -> list[Any]:
             raise InputError(f"{argument!r} is not of the form key=value: {' '.join(str(error).split())}") from None
         if override.is_delete() or override.package is not None:
             raise InputError(f"{argument!r}: allowed are key=value, group=option and +scenario=name")
-        several = override.is_sweep_override()
-        _check_key(override.key_or_group, list(override.sweep_string_iterator()) if several else [override.value()])
+        _check_key(override.key_or_group, _values(override))
         parsed.append(override)
     return parsed
+
+
+@contextmanager
+def _hydra() -> Iterator[Any]:
+    """Hydra over conf/, of which there is one at a time: launchers compose inside of a multirun."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF_DIR), job_name="megatron_edge", version_base="1.3"):
+            yield GlobalHydra.instance().hydra
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def compose(arguments: Sequence[str]) -> RunConfig:
@@ -141,7 +164,6 @@ def compose(arguments: Sequence[str]) -> RunConfig:
         InputError: an unknown key, option, scenario or value, in one line.
     """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -158,7 +180,7 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     if "model.source" in chosen and "model" not in chosen:
         overrides.append("model=custom")  # the preset's label and revision belong to the preset's source
     try:
-        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        with _hydra():
             composed = from_hydra(hydra_compose("run", overrides=overrides), chosen)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(" ".join(str(error).split())) from None
@@ -198,12 +220,65 @@ def compose_over_run(arguments: Sequence[str]) -> RunConfig:
     return changed
 
 
-def sweep(arguments: Sequence[str]) -> list[list[str]]:
-    """Every combination that Hydra's sweep syntax (`train.seed=1,2`, `quant=fp8,int4`, range(...)) stands for."""
-    axes = []
-    for override in _parse(arguments):
-        if override.is_sweep_override():
-            axes.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([override.input_line])
-    return [list(combination) for combination in itertools.product(*axes)]
+def swept_keys(arguments: Sequence[str]) -> list[str]:
+    """The keys that have several values in Hydra's sweep syntax (`train.seed=1,2`, range(...), interval(...))."""
+    return [override.key_or_group for override in _parse(arguments) if override.is_sweep_override()]
+
+
+# What of Hydra's own configuration a sweep may set, and for the groups from what.
+_HYDRA_GROUPS = {"hydra/launcher": (), "hydra/sweeper": ("basic",)}
+_HYDRA_KEYS = ("hydra.launcher.", "hydra.sweeper.", "hydra.sweep.dir")
+
+
+def _check_hydra(argument: str) -> None:
+    key, _, value = argument.partition("=")
+    if key in _HYDRA_GROUPS:
+        allowed = [*options(key), *_HYDRA_GROUPS[key]]
+        if value not in allowed:
+            raise refuse_unknown(argument, value, allowed)
+    elif not key.startswith(_HYDRA_KEYS):
+        raise refuse_unknown(key, key, [*_HYDRA_GROUPS, *(name.rstrip(".") for name in _HYDRA_KEYS)])
+
+
+def multirun(script: str, arguments: Sequence[str], reads_run: bool) -> tuple[Path, list[list[Any]]]:
+    """Hydra's multirun: its sweeper makes the combinations, its launcher (hydra/launcher=torchrun or slurm) runs
+    `script` with each. Gives the sweep's directory and what the launcher returned, batch by batch.
+
+    The directory is run_dir, else runs/sweep-<hash of the arguments>, so that the same command finds it again; a
+    launcher that reads a run (`reads_run`) keeps its run_dir.
+
+    Raises:
+        InputError: an unknown key, option or value, in one line, before any job.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    own = [argument for argument in arguments if not argument.startswith("hydra")]
+    hydra = [argument for argument in arguments if argument.startswith("hydra")]
+    for argument in hydra:
+        _check_hydra(argument)
+    parsed = _parse(own)
+    named = {override.key_or_group: override for override in parsed}
+    directory = f"runs/sweep-{hashlib.sha256(chr(0).join([script, *sorted(own)]).encode()).hexdigest()[:10]}"
+    if "run_dir" in named and not reads_run and not named["run_dir"].is_sweep_override():
+        directory = str(named["run_dir"].value())
+        parsed = [override for override in parsed if override.key_or_group != "run_dir"]
+    directory = next((a.partition("=")[2].strip("'\"") for a in hydra if a.startswith("hydra.sweep.dir=")), directory)
+    for override in parsed:
+        if override.is_sweep_override() and override.is_interval_sweep() and "hydra/sweeper=optuna" not in hydra:
+            raise InputError(
+                f"{override.input_line}: an interval is for hydra/sweeper=optuna; allowed: a,b  range(...)"
+            )
+    lines = [f"{'+' if o.key_or_group == 'scenario' else ''}{o.input_line.lstrip('+')}" for o in parsed]
+    hydra += [f"hydra.sweep.dir='{directory}'", f"hydra.launcher.own_run_dir={str(not reads_run).lower()}"]
+    try:
+        with _hydra() as running:
+            returned = running.multirun("run", _elsewhere, lines + hydra, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(" ".join(str(error).split())) from None
+    return Path(directory), [[one.return_value for one in batch] for batch in returned]
+
+
+def _elsewhere(composed: DictConfig) -> None:
+    """Hydra's task function. Raises RuntimeError: a launcher of ours runs the jobs in processes of their own."""
+    raise RuntimeError("a job of a sweep needs processes of its own: hydra/launcher=torchrun or slurm")

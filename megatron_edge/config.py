@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_edge import target_limits
-from megatron_edge.contracts import DeviceProfile, InputError
+from megatron_edge.contracts import ClusterConfig, DeviceProfile, InputError
 from megatron_edge.leaves import build_record, expected, leaf
 
 Target = Literal["modelopt", "compressed_tensors", "gptq", "onnx", "gguf", "hf"]
@@ -41,9 +41,9 @@ BUILT_ELSEWHERE: tuple[Target, ...] = ("onnx",)
 # What does not decide the numbers of a run: where it runs, how often it saves or logs, and what reads the result.
 NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
-    "runtimes", "budget", "sweep", "log", "model.name", "model.backend", "quant.name", "quant.recipe", "kv.name",
-    "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
-    "train.log_every_steps", "train.cuda_graph",
+    "runtimes", "budget", "sweep", "log", "cluster", "model.name", "model.backend", "quant.name", "quant.recipe",
+    "kv.name", "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps",
+    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph",
 )  # fmt: skip
 
 
@@ -246,6 +246,7 @@ class RunConfig:
     search: SearchConfig
     bench: BenchConfig
     log: LogConfig
+    cluster: ClusterConfig
 
 
 GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata)

@@ -319,3 +319,28 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return bool(self.checks) and all(check.ok for check in self.checks)
+
+
+def _doc(doc: str, low: float | None = None) -> Any:
+    return field(metadata={"doc": doc, "low": low})
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What a Slurm job is asked for; null leaves it to the cluster. Its defaults are in conf/cluster/."""
+
+    partition: str | None = _doc("Slurm partition")
+    account: str | None = _doc("account that is charged")
+    time_minutes: int | None = _doc("time limit of a job; one that reaches it saves, and is queued again", low=1)
+    nodes: int = _doc("hosts of a job", low=1)
+    ranks_per_node: int | None = _doc("processes on each host; null is as few as the layout needs", low=1)
+    gpus_per_node: int | None = _doc("GPUs on each host", low=1)
+    cpus_per_rank: int = _doc("CPUs of each process", low=1)
+    memory_gib: int | None = _doc("memory on each host", low=1)
+    container: str | None = _doc("image that the ranks run in (srun --container-image, of pyxis)")
+    container_mounts: str | None = _doc("its mounts, as A:B,C:D (srun --container-mounts)")
+    at_once: int | None = _doc("jobs of an array at a time", low=1)
+    signal_seconds: int = _doc("how long before the time limit a job is told to save", low=1)
+    requeues: int = _doc("how often a job may be queued again after it was stopped", low=0)
+    options: list[str] = _doc("further options of sbatch, such as ['--qos=high']")
+    before: list[str] = _doc("lines of shell before the ranks start, such as ['module load cuda']")

@@ -10,7 +10,6 @@ exits with 1 when a rank fails; its summary names the rank's own code.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from megatron_edge.contracts import (
     WriteFailed,
 )
 from megatron_edge.runtime.rendezvous import Meeting
-from megatron_edge.runtime.topology import plan_of
+from megatron_edge.runtime.topology import fewest_ranks, plan_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -110,7 +109,7 @@ def launch(
             _leave(0, processes)
         if flags and processes.world_size == 1:
             _check_flags(flags, processes)
-            _leave(_run_sweep(sys.argv[0], arguments), processes)
+            _leave(_run_sweep(sys.argv[0], arguments, reads_run), processes)
         meeting = Meeting(processes.rank, processes.world_size)
 
         def composed(begun: bool) -> str:
@@ -118,7 +117,7 @@ def launch(
             return _compose(arguments, processes, prepare, reads_run, trains, any_world, begun)
 
         config = configuration.from_yaml(meeting.share(composed))
-        plan = plan_of(config.parallel, _layout_ranks(config) if any_world else processes.world_size)
+        plan = plan_of(config.parallel, fewest_ranks(config.parallel) if any_world else processes.world_size)
         threads = _set_threads(config.threads, processes)
         log.setup(processes.rank, processes.world_size).info(
             "run_dir %s  %d CPU thread(s) in each of %d process(es)",
@@ -164,7 +163,7 @@ def _compose(
     checks.check_config(config)
     if config.parallel.auto and not (trains or any_world):
         raise InputError("parallel=auto: chooses a layout for training; allowed here are the degrees themselves")
-    plan = plan_of(config.parallel, _layout_ranks(config) if any_world else processes.world_size)
+    plan = plan_of(config.parallel, fewest_ranks(config.parallel) if any_world else processes.world_size)
     if trains:
         if not config.parallel.auto:  # else `prepare` chooses the layout
             checks.check_batches(config, plan)
@@ -173,13 +172,6 @@ def _compose(
         log.setup(processes.rank, processes.world_size)
         config = prepare(config, plan)
     return configuration.to_yaml(config)
-
-
-def _layout_ranks(config: RunConfig) -> int:
-    """The fewest processes that the layout needs."""
-    parallel = config.parallel
-    of_stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
-    return parallel.pipeline * of_stage
 
 
 def read_processes(environment: MutableMapping[str, str]) -> Processes:
@@ -286,27 +278,14 @@ def _leave(code: int, processes: Processes) -> NoReturn:
     sys.exit(code)
 
 
-def _run_sweep(script: str, arguments: list[str]) -> int:
-    """Run every combination as a job of its own, one after the other; the first code that is not 0, else 0."""
-    combinations = compose.sweep(arguments)
-    configs = [compose.compose(combination) for combination in combinations]  # all refusals before any job
-    for config in configs:
-        checks.check_config(config)
-    if len({config.run_dir for config in configs}) < len(configs):
-        raise InputError(
-            f"run_dir: some of the {len(configs)} runs would share one; allowed: run_dir=A,B swept with the rest"
-        )
-    codes = []
-    for number, (combination, config) in enumerate(zip(combinations, configs, strict=True), start=1):
-        ranks = _layout_ranks(config)
-        start = [sys.executable]
-        if ranks > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        sys.stderr.write(f"[{number}/{len(configs)}] {' '.join(combination)}\n")
-        codes.append(subprocess.run([*start, script, *combination], check=False).returncode)
-        if codes[-1] == 75:
-            break
-    return next((code for code in codes if code), 0)
+def _run_sweep(script: str, arguments: list[str], reads_run: bool) -> int:
+    """Hydra's multirun over `arguments`, each job in processes of its own; the exit code of the sweep."""
+    from megatron_edge.runtime import sweep
+
+    directory, returned = compose.multirun(script, arguments, reads_run)
+    jobs = [job for batch in returned for job in batch]
+    sweep.show(jobs, directory)
+    return sweep.exit_code(jobs)
 
 
 def help_text() -> str:

@@ -118,6 +118,12 @@ class Meeting:
             deadline = time.monotonic() + LEAVING_SECONDS
             while self.store.add("leaving", 0) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.01)
+            if self.rank:
+                self.store.add("left", 1)
+                return
+            # Under srun the store lives in this process: it goes last.
+            while self.store.add("left", 0) < self.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
         except RuntimeError:  # the process that held the store is gone
             return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_edge.config import ParallelConfig
@@ -78,3 +79,9 @@ def describe(plan: ParallelPlan) -> str:
     shown = [f"{name}{degree}" for name, degree in degrees if degree > 1 or name in ("TP", "PP", "DP")]
     shown += ["SP"] if plan.sequence_parallel else []
     return " ".join(shown) + f" on {plan.world_size} process" + ("es" if plan.world_size > 1 else "")
+
+
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """The fewest processes that the layout needs."""
+    of_stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
+    return parallel.pipeline * of_stage

@@ -134,15 +134,16 @@ def test_a_stop_by_signal_is_told_to_the_launcher(script: Path) -> None:
 
 
 def test_a_sweep_starts_its_own_torchrun_for_each_combination(script: Path) -> None:
-    command = [sys.executable, str(script), "-m", "train.seed=1,3", "parallel.pipeline=2", "threads=1"]
+    command = [sys.executable, str(script), "-m", "train.seed=1,3", "parallel.pipeline=2", "threads=1", "run_dir=s"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=180, check=False
     )
-    assert own_lines(done, "[1/2]") == ["[1/2] train.seed=1 parallel.pipeline=2 threads=1"]
-    assert own_lines(done, "[2/2]") == ["[2/2] train.seed=3 parallel.pipeline=2 threads=1"]
+    for number, seed in ((1, 1), (2, 3)):
+        said = f"[{number}/2] train.seed={seed} parallel.pipeline=2 threads=1 run_dir='s/train.seed-{seed}'"
+        assert own_lines(done, f"[{number}/2]") == [said]
     assert own_lines(done, "error:") == ["error: rank 1 alone"], "the first combination went well"
-    assert done.returncode == 1, "torchrun's code for a rank that failed"
+    assert done.returncode == 2, "the rank's own code"
 
 
 def test_a_rank_that_sleeps_is_named_with_its_place(script: Path) -> None:

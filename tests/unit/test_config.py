@@ -278,17 +278,6 @@ def test_jobs_that_read_a_run_start_from_its_own_configuration(tmp_path: Path) -
         compose.compose_over_run(["run_dir=/nowhere"])
 
 
-def test_sweeps_expand_as_hydra_writes_them() -> None:
-    assert compose.sweep(["train.seed=range(1,3)", "+scenario=gateway", "quant=int4,fp8"]) == [
-        ["train.seed=1", "+scenario=gateway", "quant=int4"],
-        ["train.seed=1", "+scenario=gateway", "quant=fp8"],
-        ["train.seed=2", "+scenario=gateway", "quant=int4"],
-        ["train.seed=2", "+scenario=gateway", "quant=fp8"],
-    ]
-    with pytest.raises(InputError, match="nvfp5"):
-        compose.sweep(["quant=int4,nvfp5"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "sizes", "words"),
     [
