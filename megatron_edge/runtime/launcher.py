@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_edge import checks, compose, log
@@ -285,6 +286,9 @@ def _run_sweep(script: str, arguments: list[str], reads_run: bool) -> int:
     directory, returned = compose.multirun(script, arguments, reads_run)
     jobs = [job for batch in returned for job in batch]
     sweep.show(jobs, directory)
+    page = Path(script).with_name("report.py")
+    if page.is_file() and any(sweep.objectives(job) for job in jobs):  # it draws, which nothing here does
+        subprocess.run([sys.executable, str(page), f"sweep='{directory}'"], check=False)
     return sweep.exit_code(jobs)
 
 

@@ -96,7 +96,7 @@ class Sweep:
 
     def _job(self, arguments: list[str], others: list[Job]) -> Job:
         parts = [a.lstrip("+").replace("=", "-", 1) for a in arguments if a.lstrip("+").split("=")[0] in self.swept]
-        name = re.sub(r"[^\w.-]+", "-", "__".join(sorted(parts))) or "job"
+        name = re.sub(r"[^\w.+-]+", "-", "__".join(sorted(parts))) or "job"
         mark = hashlib.sha256("\0".join([self.script, *arguments]).encode()).hexdigest()[:8]
         if len(name) > LONGEST_NAME or any(job.name == name for job in others):
             name = f"{name[:LONGEST_NAME]}-{mark}"
