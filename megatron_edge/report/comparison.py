@@ -156,7 +156,7 @@ def _row(
     run_dir = Path(job["run_dir"])
     if not run_dir.is_absolute() and not run_dir.exists():  # relative to where the sweep was started, or to itself
         run_dir = sweep_dir / run_dir
-    own = [override for override in job["overrides"] if override not in shared]
+    own = [one for one in job["overrides"] if one not in shared and not one.startswith("run_dir=")]
     row = Row(
         number=number,
         label=" ".join(own) or run_dir.name,
