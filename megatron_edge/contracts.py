@@ -325,6 +325,9 @@ def _doc(doc: str, low: float | None = None) -> Any:
     return field(metadata={"doc": doc, "low": low})
 
 
+OWN_READER = "megatron_edge"  # runtime of devices that have no other: verify itself runs the artifact in it
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """What a Slurm job is asked for; null leaves it to the cluster. Its defaults are in conf/cluster/."""

@@ -9,9 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_edge.contracts import OWN_READER
 from megatron_edge.report.facts import RunFacts
-
-OWN_READER = "megatron_edge"  # of devices that have no other runtime: verify itself runs the artifact in it
 
 
 @dataclass(frozen=True)

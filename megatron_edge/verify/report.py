@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, sha256_of_file
-from megatron_edge.contracts import Check, DeviceProfile, InputError, MemoryPlan, VerifyReport
+from megatron_edge.contracts import OWN_READER, Check, DeviceProfile, InputError, MemoryPlan, VerifyReport
 from megatron_edge.verify import behaviour, parity, runtimes
 from megatron_edge.verify.quality import Scores, load_model
 
@@ -51,6 +51,8 @@ class Verification(VerifyReport):
         ran = [name for name, row in self.runtimes.items() if row["status"] == "ran"]
         if not self.ok:
             return False, "a check does not hold"
+        if self.device_runtime == OWN_READER:
+            return True, "verify itself is the runtime of this device, and ran it"
         if not ran:
             return False, "no runtime ran it here"
         if self.device_runtime in (*ran, None):

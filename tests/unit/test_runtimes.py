@@ -47,4 +47,5 @@ def test_a_runtime_that_ran_is_in_the_report(tiny: Tiny, tmp_path: Path) -> None
     assert row["recipe"] == "decoded weights with float32 inputs, KV cache in float32"
     words = "it ran in transformers, but not in llama.cpp, which is to run it on the device"
     assert facts["deployable"] == {"ok": False, "why": words}
+    assert dataclasses.replace(report, device_runtime="megatron_edge").deployable[0]
     assert dataclasses.replace(report, device_runtime="transformers").deployable == (True, "it ran in transformers")
