@@ -36,7 +36,6 @@ def refused_line(done: object) -> str:
         ("qat", ["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch=3", "2 x 1"]),
         ("qat", ["--config-name=x"], ["--config-name=x", "allowed are --help"]),
         ("qat", ["-m", "quant=fp8,nvfp5"], ["quant=nvfp5"]),
-        ("qat", ["-m", "train.seed=1,2", "run_dir=here"], ["run_dir"]),
         ("plan", ["model=custom"], ["model.source"]),
         ("export", ["run_dir=nowhere"], ["run_dir='nowhere'", "earlier run"]),
         ("verify", ["reference=nowhere"], ["reference='nowhere'", "earlier run"]),
