@@ -9,6 +9,7 @@ exits with 1 when a rank fails; its summary names the rank's own code.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import subprocess
@@ -274,8 +275,12 @@ def _traceback_lines(error: BaseException) -> list[str]:
 def _leave(code: int, processes: Processes) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and processes.world_size > 1:
-        os._exit(code)  # collectives with ranks that are gone would keep the interpreter from ending
+    if processes.world_size > 1:
+        # Collectives with ranks that are gone would keep the interpreter from ending; and threads of torch that still
+        # wait may abort one that ends well (seen under srun: "terminate called without an active exception").
+        if not code:
+            atexit._run_exitfuncs()
+        os._exit(code)
     sys.exit(code)
 
 
