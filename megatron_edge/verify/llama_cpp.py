@@ -170,17 +170,20 @@ def _compare(
     counted, number = windows.loss_mask, windows.counted_tokens
     loss = float(theirs["nll"].sum()) / number
     others = {"like-for-like reference": ours.nll} | ({} if trained_nll is None else {"trained model": trained_nll})
+    few = windows.first(len(run.noise[0].top))
+    reordered = max(abs(_loss_apart(noise.nll, ours.nll[: len(few)], few)) for noise in run.noise)
     for metric, nll in others.items():
         apart = (torch.from_numpy(theirs["nll"]) - nll.double()) * counted
         mean, error = _mean_of(apart.sum(1), counted.sum(1))
         detail = (
             f"llama.cpp {loss:.6f}, {metric} {loss - mean:.6f} nats/token over {number} tokens; difference "
-            f"{mean:+.2e}, paired standard error {error:.1e}; perplexity {math.expm1(mean):+.3%}"
+            f"{mean:+.2e}, paired standard error {error:.1e}; perplexity {math.expm1(mean):+.3%}; sums in another order "
+            f"move the reference by {reordered:.1e} over {few.counted_tokens} tokens"
         )
-        limit = max(MAX_LOSS_DIFFERENCE, FLOOR_FACTOR * error)  # on a short text half a percent is less than noise
+        # On a short text half a percent is less than noise.
+        limit = max(MAX_LOSS_DIFFERENCE, FLOOR_FACTOR * error, FLOOR_FACTOR * reordered)
         name = f"loss against the {metric}, nats/token"
         found.checks.append(Check(label, name, abs(mean), limit, abs(mean) <= limit, detail))
-    few = windows.first(len(run.noise[0].top))
     floor = min(agreement_of(noise.top, ours.top[: len(few)], few) for noise in run.noise)
     agreement = agreement_of(torch.from_numpy(theirs["top"]), ours.top, windows)
     limit = min(MIN_TOP1_AGREEMENT, 1 - FLOOR_FACTOR * (1 - floor))
@@ -190,6 +193,10 @@ def _compare(
     )
     found.checks.append(Check(label, "likeliest tokens that agree", agreement, limit, agreement >= limit, detail))
     found.losses["llama.cpp"] = loss
+
+
+def _loss_apart(one: torch.Tensor, other: torch.Tensor, windows: Windows) -> float:
+    return float((one.double() - other.double())[windows.loss_mask].mean())
 
 
 def _compare_decoded(found: Findings, reader: ArtifactReader, label: str, windows: Windows) -> None:
