@@ -177,8 +177,8 @@ def _compare(
         mean, error = _mean_of(apart.sum(1), counted.sum(1))
         detail = (
             f"llama.cpp {loss:.6f}, {metric} {loss - mean:.6f} nats/token over {number} tokens; difference "
-            f"{mean:+.2e}, paired standard error {error:.1e}; perplexity {math.expm1(mean):+.3%}; sums in another order "
-            f"move the reference by {reordered:.1e} over {few.counted_tokens} tokens"
+            f"{mean:+.2e}, paired standard error {error:.1e}; perplexity {math.expm1(mean):+.3%}; other orders of "
+            f"sums move the reference by {reordered:.1e} over {few.counted_tokens} tokens"
         )
         # On a short text half a percent is less than noise.
         limit = max(MAX_LOSS_DIFFERENCE, FLOOR_FACTOR * error, FLOOR_FACTOR * reordered)
