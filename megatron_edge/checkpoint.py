@@ -7,7 +7,6 @@ optimizer and quantizer state as global tensors, whatever the layout that saved 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,8 @@ from typing import Any
 
 from torch import nn
 
+from megatron_edge.artifact.shards import sync
+from megatron_edge.artifact.store import sha256_of_file
 from megatron_edge.contracts import InputError, QuantPlan, WriteFailed, disk_error
 from megatron_edge.model.build import chunks_of
 from megatron_edge.quantize import adapters
@@ -130,7 +131,7 @@ def damage(path: Path) -> str | None:
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
-        found = dict(zip(files, pool.map(lambda name: _sha256(path / name), files), strict=True))
+        found = dict(zip(files, pool.map(lambda name: sha256_of_file(path / name), files), strict=True))
     for name, entry in files.items():
         if found[name] != entry["sha256"]:
             return f"{name} does not match its sha256"
@@ -277,32 +278,19 @@ def _fresh(path: Path) -> None:
 
 def _publish(saving: Path, final: Path, step: int, extra: dict[str, Any], keep: int) -> None:
     files = {
-        str(file.relative_to(saving)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(saving)): {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
         for file in sorted(saving.rglob("*"))
         if file.is_file()
     }
     manifest = saving / "manifest.json"
     manifest.write_text(json.dumps({"step": step, "extra": extra, "files": files}, indent=1))
-    _sync(manifest)
-    _sync(saving)
+    sync(manifest)
+    sync(saving)
     if final.exists():
         shutil.rmtree(final)
     os.rename(saving, final)
-    _sync(final.parent)
+    sync(final.parent)
     others = sorted((path for path in final.parent.glob("step_*") if path != final), reverse=True)
     passed_over = [path for path in others if path.name > final.name]  # damaged, or they would have been resumed
     for old in passed_over + others[len(passed_over) :][keep - 1 :]:
         shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,7 +7,6 @@ The model's source beside it is a safetensors file with a header and a hole: it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_edge.artifact import formats
+from megatron_edge.artifact.store import sha256_of_file
 from megatron_edge.contracts import ParallelPlan, ParamRule
 from megatron_edge.families import all_rules, dims_of, expected_tensors, rules_of
 from megatron_edge.quantize.policy import make_plan, rule_for
@@ -136,7 +136,10 @@ def write_checkpoint(
         local = writer.prepare_global_plan([writer.prepare_local_plan(local)] * (rank + 1))[rank]
         results.append(writer.write_data(local, _Planner(chunks, values)).value())
     writer.finish(Metadata(tensors), results)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(directory.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in sorted(directory.iterdir())
+    }
     extra = {"model": "random weights"}
     (directory / "manifest.json").write_text(json.dumps({"step": 1, "extra": extra, "files": files}))
     return sum(int(str(file["bytes"])) for file in files.values())
@@ -258,8 +261,3 @@ def _write_item(chunk: Chunk) -> Any:
         ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype=chunk.dtype), torch.Size(chunk.size)
     )
     return WriteItem(MetadataIndex(chunk.key, offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,10 @@ from megatron_edge.runtime.sweep import Job, Sweep
 
 
 class _JobLauncher(Launcher):
-    """What both share. `watch`, where a sweeper sets it, is asked now and then whether a running job shall stop."""
+    """What both share. `watch`, where a sweeper sets it and the launcher `watches`, is asked now and then whether a
+    running job shall stop."""
+
+    watches = False
 
     def __init__(self, own_run_dir: bool) -> None:
         self.own_run_dir = own_run_dir
@@ -45,6 +48,8 @@ class _JobLauncher(Launcher):
 
 class TorchrunLauncher(_JobLauncher):
     """Each job under its own torchrun on this machine."""
+
+    watches = True
 
     def __init__(self, ranks: int | None, at_once: int | None, own_run_dir: bool) -> None:
         super().__init__(own_run_dir)

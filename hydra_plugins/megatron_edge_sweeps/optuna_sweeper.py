@@ -53,6 +53,8 @@ class OptunaSweeper(Sweeper):
         self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        if self.prune and not getattr(self.launcher, "watches", False):
+            raise expected("hydra.sweeper.prune", True, "false with this launcher; true with hydra/launcher=torchrun")
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Asks for trials, at_once together, until there are `trials` of them, and tells Optuna what became of each."""

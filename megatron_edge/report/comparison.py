@@ -19,6 +19,7 @@ import torch
 from megatron_edge.contracts import InputError
 from megatron_edge.report.facts import RunFacts, heldout_losses, read_json, read_run
 from megatron_edge.report.verdict import Verdict, verdict_of
+from megatron_edge.runtime.sweep import front_of
 from megatron_edge.verify.statistics import Difference, paired_means
 
 if TYPE_CHECKING:
@@ -133,15 +134,6 @@ def read_sweep(sweep_dir: Path) -> list[dict[str, Any]]:
         if job["status"] not in STATUSES:
             raise InputError(f"{file}: jobs[{index}].status={job['status']!r}; allowed: {', '.join(STATUSES)}")
     return jobs
-
-
-def front_of(points: list[tuple[int, tuple[float, ...]]]) -> set[int]:
-    """Numbers of the points that no other beats: as small in everything, and smaller in something."""
-
-    def beats(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
-        return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
-
-    return {number for number, values in points if not any(beats(other, values) for _, other in points)}
 
 
 def _objectives(comparison: Comparison, row: Row) -> tuple[float, ...]:

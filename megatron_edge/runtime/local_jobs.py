@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
+from megatron_edge.runtime.signals import stop_on_signal
 from megatron_edge.runtime.sweep import Job, Sweep, outcome
 from megatron_edge.runtime.topology import fewest_ranks
 
@@ -53,25 +53,6 @@ class _Running:
                 one.send_signal(signal.SIGTERM)
         except psutil.NoSuchProcess:
             return
-
-
-class _Stop:
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.requested = True
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_jobs(

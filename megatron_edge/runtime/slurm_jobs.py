@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import ClusterConfig, InputError
-from megatron_edge.runtime.local_jobs import stop_on_signal
+from megatron_edge.runtime.signals import stop_on_signal
 from megatron_edge.runtime.sweep import Job, Status, Sweep, outcome
 from megatron_edge.runtime.topology import fewest_ranks
 

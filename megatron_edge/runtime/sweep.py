@@ -174,23 +174,26 @@ def objectives(job: Job) -> dict[str, float]:
     verified = Path(job.run_dir) / "verify.json"
     if job.status not in ("done", "skipped") or not verified.is_file():
         return {}
-    losses = json.loads(verified.read_text()).get("losses_nats_per_token") or {}
-    found = {"heldout_loss": float(losses["artifact"])} if "artifact" in losses else {}
-    weights = list((Path(job.run_dir) / "artifact" / "canonical").glob("*.safetensors"))
-    if weights:
-        found["bytes"] = float(sum(path.stat().st_size for path in weights))
-    return found
+    facts = json.loads(verified.read_text())
+    loss, size = facts["losses_nats_per_token"].get("artifact"), facts["artifact"]["size_bytes"]
+    found = {"heldout_loss": loss, "bytes": size}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def front(jobs: Sequence[Job]) -> list[Job]:
     """Those that no other beats: none has less of one objective and not more of the other."""
-    found = [(job, tuple(objectives(job).values())) for job in jobs]
-    whole = [(job, values) for job, values in found if len(values) == 2]
-    return [
-        job
-        for job, mine in whole
-        if not any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for _, other in whole)
-    ]
+    found = [(number, tuple(objectives(job).values())) for number, job in enumerate(jobs)]
+    best = front_of([(number, values) for number, values in found if len(values) == 2])
+    return [job for number, job in enumerate(jobs) if number in best]
+
+
+def front_of(points: list[tuple[int, tuple[float, ...]]]) -> set[int]:
+    """Numbers of the points that no other beats: as small in everything, and smaller in something."""
+
+    def beats(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+        return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
+
+    return {number for number, values in points if not any(beats(other, values) for _, other in points)}
 
 
 def show(jobs: Sequence[Job], directory: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -16,32 +14,12 @@ from torch import Tensor, nn
 
 from megatron_edge.contracts import Diverged, StoppedBySignal
 from megatron_edge.runtime.session import Session
+from megatron_edge.runtime.signals import stop_on_signal
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import BatchPlan
 from megatron_edge.train.step import LABELS, Objective, StepResult, forward_backward, learning_rate_schedule, train_step
 
 log = logging.getLogger("megatron_edge")
-
-
-class _Stop:
-    """Set by SIGTERM or SIGINT; read between steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.requested = True
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def fit(
@@ -69,7 +47,7 @@ def fit(
     schedule = learning_rate_schedule(optimizer, train)
     schedule.step(start_step + 1)  # the first step already has a learning rate above zero
     saved, skipped = start_step, 0
-    with _stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         for step in range(start_step, train.steps):
             mark(f"step {step + 1}")
             began = time.perf_counter()

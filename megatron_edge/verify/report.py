@@ -37,13 +37,14 @@ class Verification(VerifyReport):
     """A `VerifyReport` that also says what could not be checked here, and why: that never counts as passed.
 
     `losses` are nats per token on the reference's held-out text: what training measured, `artifact`, and what a runtime
-    had of its target. `runtimes` is what each one really ran, by name.
+    had of its target. `runtimes` is what each one really ran, by name. `size_bytes` is a whole artifact's.
     """
 
     not_run: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     device_runtime: str | None = None
+    size_bytes: int | None = None
 
     @property
     def deployable(self) -> tuple[bool, str]:
@@ -87,12 +88,13 @@ def verify_artifact(
     Raises:
         InputError: a directory is no artifact, or no reference.
     """
-    integrity = _check_integrity(artifact_dir)
+    integrity, size_bytes = _check_integrity(artifact_dir), None
     found = runtimes.Findings([integrity])
     if not integrity.ok:
         found.not_run["everything else"] = "the artifact itself is damaged"
     else:
         reader = ArtifactReader(artifact_dir)
+        size_bytes = reader.size_bytes()
         reference = None if reference_dir is None else parity.read_reference(reference_dir)
         _merge(found, _check_model(reader, reference, limits))
         _merge(found, check_device(reader, limits))
@@ -102,7 +104,7 @@ def verify_artifact(
         )
         found.checks += check_runtime_memory(found, limits) + check_asked(found, limits.runtimes)
     device = None if limits.device is None else limits.device.runtime
-    report = Verification(tuple(found.checks), found.not_run, found.losses, found.runtimes, device)
+    report = Verification(tuple(found.checks), found.not_run, found.losses, found.runtimes, device, size_bytes)
     if output is not None:
         _write(report, artifact_dir, output)
     return report
@@ -243,6 +245,7 @@ def _write(report: Verification, artifact_dir: Path, output: Path) -> None:
         "artifact": {
             "directory": str(artifact_dir),
             "manifest_sha256": sha256_of_file(artifact_dir / MANIFEST_FILE),
+            "size_bytes": report.size_bytes,
         },
         "checks": [dataclasses.asdict(check) for check in report.checks],
         "not_run": report.not_run,

@@ -21,7 +21,8 @@ from scipy import stats
 from tiny_run import IMPOSSIBLE, Page, make_tiny_run, write_outcome
 
 from megatron_edge.contracts import InputError
-from megatron_edge.report.comparison import compare, front_of, table, write_comparison
+from megatron_edge.report.comparison import compare, table, write_comparison
+from megatron_edge.runtime.sweep import front_of
 
 Jobs = list[dict[str, Any]]
 

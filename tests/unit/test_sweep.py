@@ -153,10 +153,9 @@ def test_the_front_is_what_no_other_beats(tmp_path: Path) -> None:
     jobs = []
     for loss, size in ((3.0, 10), (3.1, 9), (3.2, 9), (2.9, 20), (3.0, 10)):
         job = sweep.Job(f"{len(jobs)}", [], str(tmp_path / f"{len(jobs)}"), status="done")
-        weights = Path(job.run_dir) / "artifact" / "canonical"
-        weights.mkdir(parents=True)
-        (weights / "model.safetensors").write_bytes(b"0" * size)
-        (Path(job.run_dir) / "verify.json").write_text(json.dumps({"losses_nats_per_token": {"artifact": loss}}))
+        facts = {"losses_nats_per_token": {"artifact": loss}, "artifact": {"size_bytes": size}}
+        Path(job.run_dir).mkdir()
+        (Path(job.run_dir) / "verify.json").write_text(json.dumps(facts))
         jobs.append(job)
     jobs.append(sweep.Job("failed", [], str(tmp_path / "0"), status="failed"))
     assert [job.name for job in sweep.front(jobs)] == ["0", "1", "3", "4"]
