@@ -137,6 +137,16 @@ def test_a_batch_script_asks_for_what_cluster_says(tmp_path: Path) -> None:
         (["train.seed=interval(1,2)"], "train.seed=.*interval is for hydra/sweeper=optuna"),
         (["hydra/sweeper=optuna", "hydra.sweeper.objectives=[speed]", "train.seed=1,2"], "hydra.sweeper.objectives"),
         (["hydra/sweeper=optuna", "hydra.sweeper.prune=true", "train.seed=1,2"], "hydra.sweeper.prune=True"),
+        (
+            [
+                "hydra/sweeper=optuna",
+                "hydra/launcher=slurm",
+                "hydra.sweeper.prune=true",
+                "hydra.sweeper.objectives=[heldout_loss]",
+                "train.seed=1,2",
+            ],
+            "hydra.sweeper.prune=True: allowed is false with this launcher",
+        ),
         (["hydra/sweeper=optuna", "train.seed=1"], "nothing is swept"),
     ],
 )
