@@ -122,8 +122,8 @@ def launch(
         plan = plan_of(config.parallel, fewest_ranks(config.parallel) if any_world else processes.world_size)
         threads = _set_threads(config.threads, processes)
         log.setup(processes.rank, processes.world_size).info(
-            "run_dir %s  %d CPU thread(s) in each of %d process(es)",
-            config.run_dir,
+            "%s  %d CPU thread(s) in each of %d process(es)",
+            f"sweep {config.sweep}" if config.sweep else f"run_dir {config.run_dir}",
             threads,
             processes.world_size,
         )
