@@ -71,7 +71,9 @@ def check_config(config: RunConfig) -> None:
 def _check_distillation(config: RunConfig) -> None:
     """A leaf of the distillation that nothing reads is refused, and a student that is its own teacher."""
     train = config.train
-    unused = {"teacher": None, "distill_temperature": 1.0, "distill_label_weight": 0.0, "distill_hidden_weight": 0.0}
+    unused = {"teacher": None, "distill_temperature": 1.0} | {
+        f"distill_{one}_weight": 0.0 for one in ("label", "hidden", "layers")
+    }
     for name, default in unused.items():
         if train.mode != "qad" and getattr(train, name) != default:
             words = (

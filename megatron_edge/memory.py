@@ -212,16 +212,17 @@ def _stage_parameters(hf_config: Mapping[str, Any], layout: ParallelPlan, stage:
 def _teacher_bytes(
     config: RunConfig, teacher: Mapping[str, Any], layout: ParallelPlan, stage: int, micro_batches: int
 ) -> int:
-    """A teacher's weights, the activations of one of its layers (an estimate), and on the last stage the hidden states
-    that it leaves for each micro-batch and the chunks of logits."""
+    """A teacher's weights, the activations of one of its layers (an estimate), the states that it leaves for each
+    micro-batch (of every layer where those are compared, and on the last stage the final), and there the chunks of
+    logits."""
     train, size = config.train, ACTIVATION_BYTES[config.train.precision]
     layers, dense, experts, ends = _stage_parameters(teacher, layout, stage)
-    kept = 0
+    split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    state = size * teacher["hidden_size"] * (micro_batches * train.micro_batch * train.seq_length_tokens // split)
+    kept = layers * state if train.distill_layers_weight else 0
     if stage == layout.pp - 1:
-        split = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-        tokens = micro_batches * train.micro_batch * train.seq_length_tokens // split
         logits = train.micro_batch * train.seq_length_tokens // layout.cp * teacher["vocab_size"] // layout.tp
-        kept = tokens * teacher["hidden_size"] * size + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, 4 * logits)
+        kept += state + DISTILL_CHUNKS * min(DISTILL_CHUNK_BYTES, 4 * logits)
         kept += size * logits  # the student's gradient, which is made with the loss
     tokens = train.micro_batch * train.seq_length_tokens // layout.cp
     inside = tokens * layer_activations_bytes(config, dims_of(teacher), layout)
@@ -331,6 +332,8 @@ def _stage_activations_bytes(
     kept = per_layer * layers
     if config.parallel.recompute == "full":
         kept = per_layer + layers * size * dims.hidden_size // sequence
+    elif train.distill_layers_weight and size < 4:  # in fp32, what the next norm keeps is the layer's output itself
+        kept += layers * size * dims.hidden_size // sequence
     if last:
         # Logits, and softmax in fp32 (in the place of fp32 logits); a distillation keeps its own (_teacher_bytes).
         softmax = 0 if train.mode == "qad" or size == 4 else 4

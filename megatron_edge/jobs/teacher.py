@@ -37,10 +37,17 @@ def check_teacher(config: RunConfig, student: ModelSource, teacher: ModelSource,
             f"{theirs.get(differing[0])} there and {ours.get(differing[0])} here; allowed: the same tokenizer"
         )
     widths = [source.hf_config["hidden_size"] for source in (teacher, student)]
-    if config.train.distill_hidden_weight and widths[0] != widths[1]:
+    for name in ("distill_hidden_weight", "distill_layers_weight"):
+        if getattr(config.train, name) and widths[0] != widths[1]:
+            raise InputError(
+                f"train.{name}={getattr(config.train, name)}: compares hidden states, and those of {field} have "
+                f"{widths[0]} channels, the student's {widths[1]}; allowed is 0"
+            )
+    layers = [source.hf_config["num_hidden_layers"] for source in (teacher, student)]
+    if config.train.distill_layers_weight and layers[0] != layers[1]:
         raise InputError(
-            f"train.distill_hidden_weight={config.train.distill_hidden_weight}: compares hidden states, and those of "
-            f"{field} have {widths[0]} channels, the student's {widths[1]}; allowed is 0"
+            f"train.distill_layers_weight={config.train.distill_layers_weight}: compares layer by layer, and {field} "
+            f"has {layers[0]} layers, the student {layers[1]}; allowed is 0"
         )
     try:
         checks.check_teacher_dims(config, teacher.hf_config)

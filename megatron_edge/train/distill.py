@@ -3,17 +3,20 @@
 In: a teacher's shard in the student's layout, without quantizers. Out: the objective that `train/step.py` minimises
 instead of the labels' cross-entropy:
 
-    (1 - w) T^2 KL(teacher || student) + w CE(labels) + v |h_student - h_teacher|^2 / |h_teacher|^2
+    (1 - w) T^2 KL(teacher || student) + w CE(labels) + v D(what enters the output layer) + u mean over layers D(output)
 
-per counted token, with both distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531); h is what enters the
-output layer, w is train.distill_label_weight, v is train.distill_hidden_weight.
+per counted token, with both distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531); D is the relative
+distance |h_student - h_teacher|^2 / |h_teacher|^2, w is train.distill_label_weight, v is train.distill_hidden_weight, u
+is train.distill_layers_weight.
 
 At each step the teacher runs forward through the pipeline over all micro-batches first; the last stage keeps its h,
 which is vocabulary / hidden size smaller than its logits. Those are made from it chunk by chunk inside of the loss.
+Where u is not 0, each stage keeps its own layers' outputs as well (layer_states.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +27,17 @@ from torch import Tensor, nn
 from megatron_edge.memory import DISTILL_CHUNK_BYTES
 from megatron_edge.model.build import chunks_of, forward, unwrap
 from megatron_edge.runtime.session import Session, gather_sequence, tensor_group
+from megatron_edge.train import layer_states
 from megatron_edge.train.data import Batch
 from megatron_edge.train.step import DeviceBatch, forward_only
+
+
+class Target(NamedTuple):
+    """A teacher's states [s, b, h] of a micro-batch: what enters the output layer, on the last stage's ranks, and the
+    outputs of each chunk's layers, where they are compared."""
+
+    hidden: Tensor | None
+    layers: list[list[Tensor]]
 
 
 class Distillation:
@@ -35,8 +47,11 @@ class Distillation:
         self._teacher, self._session = teacher.requires_grad_(False).eval(), session
         self._temperature, self._label_weight = train.distill_temperature, train.distill_label_weight
         self._hidden_weight = train.distill_hidden_weight
+        self._layers_weight = train.distill_layers_weight
         hidden = ("hidden_loss_per_token",) if self._hidden_weight else ()
-        self.parts: tuple[str, ...] = ("kl_nats_per_token", "label_loss_nats_per_token", *hidden)
+        layers = ("layers_loss_per_token",) if self._layers_weight else ()
+        self.parts: tuple[str, ...] = ("kl_nats_per_token", "label_loss_nats_per_token", *hidden, *layers)
+        self._found_inside: list[dict[str, Tensor]] = []
         self._head: Tensor | None = None  # [vocab / tp, h]
         last = chunks_of(teacher)[-1]
         if last.post_process:
@@ -45,15 +60,23 @@ class Distillation:
             last.post_process = False  # the chunk gives h, after the final norm
 
     @torch.no_grad()
-    def targets(self, batches: Sequence[Batch | DeviceBatch]) -> list[Any]:
-        """The teacher's h [s, b, h] for each micro-batch (s is a rank's part under sequence and context parallelism) on
-        the last stage's ranks, None elsewhere. All ranks call it."""
+    def targets(self, batches: Sequence[Batch | DeviceBatch]) -> list[Target]:
+        """For each micro-batch; s is a rank's part under sequence and context parallelism. All ranks call it."""
 
         def keep(hidden: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
             return {"hidden": hidden.detach()}
 
-        found = forward_only(self._teacher, batches, self._session, keep, with_labels=False)
-        return [part["hidden"] for part in found] if found else [None] * len(batches)
+        with contextlib.ExitStack() as stack:
+            watches = [layer_states.watched(chunk) for chunk in self._teacher if self._layers_weight]
+            seen = [stack.enter_context(watch) for watch in watches]  # of each chunk, one micro-batch after the other
+            found = forward_only(self._teacher, batches, self._session, keep, with_labels=False)
+        hidden = [part["hidden"] for part in found] if found else [None] * len(batches)
+        counts = [len(chunk.decoder.layers) for chunk in chunks_of(self._teacher)]
+        layers = [
+            [states[at * count : (at + 1) * count] for states, count in zip(seen, counts, strict=False)]
+            for at in range(len(batches))
+        ]
+        return [Target(*pair) for pair in zip(hidden, layers, strict=True)]
 
     def forward_step(self, iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
         """Megatron's forward_step_func for the student."""
@@ -61,16 +84,33 @@ class Distillation:
         seen: list[Tensor] = []
         if self._hidden_weight and model.post_process:
             hook = model.output_layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        output = forward(chunk, batch)
+        with contextlib.ExitStack() as stack:
+            states = stack.enter_context(layer_states.watched(chunk)) if self._layers_weight else []
+            output = forward(chunk, batch)
         if hook is not None:
             hook.remove()
+        if self._layers_weight:
+            self._found_inside.append(self._layers_losses(states, model, batch))
         return output, lambda logits: self._losses(logits, seen[0] if seen else None, batch)
+
+    def found_inside(self) -> list[dict[str, Tensor]]:
+        found, self._found_inside = self._found_inside, []
+        return found
+
+    def _layers_losses(self, states: list[Tensor], model: Any, batch: DeviceBatch) -> dict[str, Tensor]:
+        """Of one chunk; equal on its tensor-parallel ranks."""
+        teachers, num_layers = batch.target.layers[model.vp_stage or 0], model.config.num_layers
+        scale = model.config.grad_scale_func or (lambda value: value)
+        weight = self._layers_weight / num_layers
+        apart = layer_states.draw(states, teachers, self._own_part(batch.loss_mask.t()), weight, scale) / num_layers
+        apart = self._of_all_parts(apart)
+        return {"total": self._layers_weight * apart, "layers_loss_per_token": apart}
 
     def _losses(
         self, logits: Tensor, hidden: Tensor | None, batch: DeviceBatch
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert self._head is not None and batch.target is not None
-        target = gather_sequence(batch.target) if self._session.plan.sequence_parallel else batch.target
+        assert self._head is not None
+        target = gather_sequence(batch.target.hidden) if self._session.plan.sequence_parallel else batch.target.hidden
         loss = distillation_loss(
             logits,
             target.transpose(0, 1),
@@ -85,11 +125,9 @@ class Distillation:
         tokens = counted.sum().to(torch.int)
         sums = {"total": total.detach(), "tokens": tokens, "kl_nats_per_token": kl, "label_loss_nats_per_token": label}
         if hidden is not None:
-            apart = self._hidden_loss(hidden, batch.target, counted)
+            apart = self._hidden_loss(hidden, batch.target.hidden, counted)
             total = total + self._hidden_weight * apart
-            everywhere = apart.detach().clone()
-            if self._session.plan.sequence_parallel:
-                dist.all_reduce(everywhere, group=tensor_group())
+            everywhere = self._of_all_parts(apart.detach().clone())
             sums["total"] = sums["total"] + self._hidden_weight * everywhere
             sums["hidden_loss_per_token"] = everywhere
         return total, tokens, sums
@@ -97,11 +135,20 @@ class Distillation:
     def _hidden_loss(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
         """Sum over counted tokens of the relative squared distance; student and teacher [s, b, h], counted [b, s],
         where s is the rank's own part under sequence parallelism in the former two alone."""
-        wanted, counted = teacher.float(), counted.t()
-        if self._session.plan.sequence_parallel:
-            counted = counted.chunk(self._session.plan.tp)[self._session.tp_rank]
+        wanted, counted = teacher.float(), self._own_part(counted.t())
         distance = (student.float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)
         return torch.where(counted, distance, 0.0).sum()
+
+    def _own_part(self, x: Tensor) -> Tensor:
+        """[s, ...] of the text that all tensor-parallel ranks share -> what sequence parallelism gives to this one."""
+        plan = self._session.plan
+        return x.chunk(plan.tp)[self._session.tp_rank] if plan.sequence_parallel else x
+
+    def _of_all_parts(self, value: Tensor) -> Tensor:
+        """A sum over this rank's part of the text -> over all parts of sequence parallelism, in place."""
+        if self._session.plan.sequence_parallel:
+            dist.all_reduce(value, group=tensor_group())
+        return value
 
 
 class TokenLosses(NamedTuple):

@@ -44,7 +44,7 @@ class DeviceBatch:
     positions: Tensor
     loss_mask: Tensor
     attention_mask: Tensor
-    target: Tensor | None = None
+    target: Any = None
 
 
 def to_device(batch: Batch | DeviceBatch, session: Session) -> DeviceBatch:
@@ -161,6 +161,10 @@ class Objective(Protocol):
     def forward_step(self, iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
         """As Megatron's schedules want it, with the sum of the loss over counted tokens."""
 
+    def found_inside(self) -> list[dict[str, Tensor]]:
+        """Sums that `forward_step` found on this rank's stage, and not at the end of the model, since the last call;
+        equal on its tensor-parallel ranks."""
+
 
 class LabelLoss:
     """The labels' cross-entropy."""
@@ -174,6 +178,9 @@ class LabelLoss:
         batch = next(iterator)
         output = forward(chunk, batch, labels=batch.labels)
         return output, lambda result: _losses(result, batch)
+
+    def found_inside(self) -> list[dict[str, Tensor]]:
+        return []
 
 
 LABELS = LabelLoss()
@@ -191,13 +198,14 @@ def forward_backward(
     model: nn.ModuleList, batches: Sequence[Batch | DeviceBatch], session: Session, objective: Objective
 ) -> list[dict[str, Tensor]]:
     """Gradients of a step's micro-batches, added up in the chunks' buffers, reduced over replicas and divided by
-    tokens. What the objective reports of each on the last stage's ranks, nothing elsewhere. All ranks call it."""
+    tokens. What the objective reports of each on the last stage's ranks, and on any what it found inside. All ranks
+    call it."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     targets = objective.targets(batches)
     micro_batch, seq_length = batches[0].tokens.shape
     with constant_weights(model):
-        return get_forward_backward_func()(
+        found = get_forward_backward_func()(
             forward_step_func=objective.forward_step,
             data_iterator=_iterators(batches, session, targets),
             model=list(model),
@@ -206,6 +214,7 @@ def forward_backward(
             micro_batch_size=micro_batch,
             forward_only=False,
         )
+    return [*found, *objective.found_inside()]
 
 
 def train_step(
@@ -247,12 +256,13 @@ def _update(optimizer: Any, is_finite: bool, session: Session) -> tuple[float, b
 
 
 def _reduce(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, ...] = ()) -> list[float]:
-    """Sums of loss, tokens and `parts` over micro-batches and data-parallel ranks, on every rank."""
+    """Sums of loss, tokens and `parts` over micro-batches, stages and data-parallel ranks, on every rank. What is found
+    has some of them each, equal on tensor-parallel ranks."""
     names = ("total", "tokens", *parts)
     sums = torch.zeros(len(names), dtype=torch.float64, device=session.device)
-    if session.is_last_stage and session.tp_rank == 0:
+    if session.tp_rank == 0:
         for part in found:
-            sums += torch.stack([part[name].double() for name in names])
+            sums += torch.stack([part[name].double() if name in part else torch.zeros_like(sums[0]) for name in names])
     dist.all_reduce(sums)
     return sums.tolist()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_edge.contracts import ParallelPlan
-from megatron_edge.model.build import build_model, load_weights
+from megatron_edge.model.build import Recompute, build_model, load_weights
 from megatron_edge.model.hf_config import checked_config
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.train.data import Batch
@@ -46,10 +46,12 @@ def hf_config_of(llama: Any) -> dict[str, Any]:
     return checked_config(llama.config.to_dict(), "the test's model")
 
 
-def megatron_twin(llama: Any, session: Session, dtype: torch.dtype = torch.float32) -> nn.Module:
+def megatron_twin(
+    llama: Any, session: Session, dtype: torch.dtype = torch.float32, recompute: Recompute = "none"
+) -> nn.ModuleList:
     """The same weights in Megatron, through the product's own import."""
     tensors, config = llama.state_dict(), hf_config_of(llama)
-    model = build_model(config, session.plan, dtype, session.device)
+    model = build_model(config, session.plan, dtype, session.device, recompute)
 
     def read(name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
         part = tensors[name][rows if rows else slice(None)]

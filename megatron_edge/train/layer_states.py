@@ -1,0 +1,77 @@
+"""The residual stream after every decoder layer: kept of a teacher, compared with a student's, which is drawn to it.
+
+In: model chunks in a forward pass. Out: their layers' outputs h [s, b, h], where s is a rank's part under sequence and
+context parallelism, and the student's distance, whose gradient joins the one that comes from the layers above. A stage
+needs nothing of another: a teacher lies in the student's layout. Called by train/distill.py.
+
+The distance of a token is |h_student - h_teacher|^2 / |h_teacher|^2. Without the division one token decides: at the
+first of a text the stream of SmolLM2-135M is up to 178 times as long as at the median token. Large channels need no
+more: four hold up to 67% of the stream's squared length, but at most 11% of what INT4 weights (groups of 32) change in
+it (256 tokens, from layer 1 to 28; the distance's median grows from 0.008 to 0.075).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_edge.model.build import unwrap
+
+
+@contextlib.contextmanager
+def watched(chunk: Any) -> Iterator[list[Tensor]]:
+    """The outputs of the chunk's layers in their order, filled by each forward pass inside.
+
+    They are taken where the next module reads them, and at the end of the chunk: a layer that is recomputed runs in a
+    graph of its own, and again in backward, when nothing says which micro-batch it belongs to."""
+    seen: list[Tensor] = []
+
+    def see(state: Tensor) -> None:
+        # The pipeline empties a tensor that it has sent: without a gradient to hook, another is kept of its memory.
+        seen.append(state if state.requires_grad else state.detach())
+
+    def reading(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        see(named["hidden_states"] if "hidden_states" in named else inputs[0])
+
+    model = unwrap(chunk)
+    norm = model.decoder.final_layernorm
+    readers = [*model.decoder.layers[1:], *([] if norm is None else [norm])]
+    handles = [reader.register_forward_pre_hook(reading, with_kwargs=True) for reader in readers]
+    if norm is None:
+        handles.append(model.register_forward_hook(lambda _, inputs, output: see(output)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw(
+    students: list[Tensor], teachers: list[Tensor], counted: Tensor, weight: float, scale: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Sum of the distances of `students` over layers and counted tokens (bool [s, b]), without a gradient; `weight`
+    times its gradient is added to each student's when backward gets there.
+
+    `scale` is what Megatron does to the main loss before backward (config.grad_scale_func). Sums over tokens are not
+    divided here: finalize_model_grads divides all gradients of a step by its tokens."""
+    total = torch.zeros((), dtype=torch.float32, device=counted.device)
+    with torch.no_grad():
+        for student, teacher in zip(students, teachers, strict=True):
+            # Not `student` itself: the hook would keep its own graph alive, and the pipeline empties what it has sent.
+            state = student.detach()
+            size = teacher.float().pow(2).sum(-1)
+            distance = (state.float() - teacher.float()).pow(2).sum(-1) / size
+            total += torch.where(counted, distance, 0.0).sum()
+            slope = scale(torch.where(counted, 2 * weight / size, 0.0))
+            student.register_hook(partial(_pulled, state, teacher, slope))
+    return total
+
+
+def _pulled(state: Tensor, teacher: Tensor, slope: Tensor, gradient: Tensor) -> Tensor:
+    pull = (state.float() - teacher.float()).mul_(slope[..., None])
+    return pull.add_(gradient).to(gradient.dtype)
