@@ -31,11 +31,13 @@ TRAIN = (
 )  # fmt: skip
 ADAPTERS = (*(one for one in TRAIN if "distill" not in one and one != "train=qad"), "train=lora_qat")
 INT4 = ("quant=int4", "quant.group_size=32")
+LAYERS = "train.distill_layers_weight=0.5"
 # Student, teacher (none: adapters), recipe. Data quantizers would amplify what the order of sums makes of their inputs.
 CASES: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "dense": ("tiny", "deep", ("quant=nvfp4_w4a16",)),
+    "layers": ("tiny", "tiny", (*INT4, LAYERS)),
     "adapters": ("tiny", None, INT4),
-    "experts": ("mixtral", "mixtral", INT4),
+    "experts": ("mixtral", "mixtral", (*INT4, LAYERS)),
     "experts_adapters": ("mixtral", None, INT4),
 }
 

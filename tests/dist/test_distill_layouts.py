@@ -63,10 +63,20 @@ def compare(found: dict[str, Any], layout: str, case: str) -> list[dict[str, flo
 def test_every_layout_distils_as_one_process(found: dict[str, Any], layout: str) -> None:
     """Loss, KL, label loss, hidden loss and gradient norm of three steps."""
     one = compare(found, layout, "experts" if layout in WITH_EXPERTS else "dense")
-    assert set(one[0]) == {
+    assert set(one[0]) - {"layers_loss_per_token"} == {
         "loss", "kl_nats_per_token", "label_loss_nats_per_token", "hidden_loss_per_token", "gradient_norm"
     }  # fmt: skip
     assert one[0]["kl_nats_per_token"] > 0.01 and one[0]["hidden_loss_per_token"] > 0.01
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_are_drawn_to_the_teachers_on_every_layout(found: dict[str, Any], layout: str) -> None:
+    """The same, and the layers' part of the loss, which stages find each for themselves."""
+    one = compare(found, layout, "experts" if layout in WITH_EXPERTS else "layers")
+    assert one[0]["layers_loss_per_token"] > 1e-3
+    whole = 0.8 * one[0]["kl_nats_per_token"] + 0.2 * one[0]["label_loss_nats_per_token"]
+    whole += 0.5 * (one[0]["hidden_loss_per_token"] + one[0]["layers_loss_per_token"])
+    assert one[0]["loss"] == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

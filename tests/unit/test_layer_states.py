@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from plain_distillation import plain_loss
 from test_distill import save
 from test_memory import TINY
-from tiny_megatron import megatron_twin, one_process, random_batches, random_llama
+from tiny_megatron import megatron_twin, random_batches, random_llama
 from torch import Tensor
 
 from megatron_edge import memory
@@ -34,12 +33,6 @@ TWINS = {"embedding.word_embeddings.weight": "model.embed_tokens.weight"} | {
         "input_layernorm.weight": "input_layernorm.weight",
     }.items()
 }
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    with one_process() as opened:
-        yield opened
 
 
 def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
