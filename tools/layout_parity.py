@@ -88,7 +88,8 @@ class Float64Sums(TorchDispatchMode):
         sums = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.linalg_vector_norm.default)
         if func in sums and args[0].dtype is torch.float32:
             wide = (arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args)
-            return func(*wide, **(kwargs or {})).float()
+            named = {key: value for key, value in (kwargs or {}).items() if key != "dtype"}
+            return func(*wide, **named).float()
         return func(*args, **(kwargs or {}))
 
 

@@ -64,14 +64,18 @@ def draw(
         for student, teacher in zip(students, teachers, strict=True):
             # Not `student` itself: the hook would keep its own graph alive, and the pipeline empties what it has sent.
             state = student.detach()
-            size = teacher.float().pow(2).sum(-1)
-            distance = (state.float() - teacher.float()).pow(2).sum(-1) / size
-            total += torch.where(counted, distance, 0.0).sum()
+            size = _squared_length(teacher)
+            total += torch.where(counted, _squared_length(state - teacher) / size, 0.0).sum()
             slope = scale(torch.where(counted, 2 * weight / size, 0.0))
             student.register_hook(partial(_pulled, state, teacher, slope))
     return total
 
 
 def _pulled(state: Tensor, teacher: Tensor, slope: Tensor, gradient: Tensor) -> Tensor:
-    pull = (state.float() - teacher.float()).mul_(slope[..., None])
-    return pull.add_(gradient).to(gradient.dtype)
+    apart = state - teacher
+    return torch.addcmul(gradient, slope[..., None], apart, out=apart)  # in fp32, rounded once
+
+
+def _squared_length(x: Tensor) -> Tensor:
+    """[..., h] -> fp32 [...]"""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()

@@ -51,6 +51,7 @@ def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool
 
     model = build(llama, session)
     composed = compose([f"quant={quant}", f"kv={kv}", f"train={mode}", "train.distill_hidden_weight=0.5",
+                        "train.distill_layers_weight=0.5",
                         "quant.algorithm=max", "train.learning_rate=1e-4"])  # fmt: skip
     plan = policy.make_plan(composed.quant, composed.kv, hf_config_of(llama))
     batches = random_batches()
