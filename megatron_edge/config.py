@@ -158,7 +158,7 @@ class TrainConfig:
     distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
     distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)
     distill_hidden_weight: float = leaf("qad: weight of the last hidden states' relative squared distance", low=0.0)
-    distill_layers_weight: float = leaf("qad: weight of the same of every layer's output, their mean", low=0.0)
+    distill_layers_weight: float = leaf("qad: weight of all layers' outputs' mean 2 (1 - cosine)", low=0.0)
     max_skipped_steps: int = leaf("steps in a row that may be skipped, as their loss or gradient is not finite", low=0)
     checkpoint_every_steps: int = leaf("steps between checkpoints; 0 saves only the last", low=0)
     keep_checkpoints: int = leaf("newest checkpoints to keep", low=1)

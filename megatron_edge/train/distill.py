@@ -3,15 +3,15 @@
 In: a teacher's shard in the student's layout, without quantizers. Out: the objective that `train/step.py` minimises
 instead of the labels' cross-entropy:
 
-    (1 - w) T^2 KL(teacher || student) + w CE(labels) + v D(what enters the output layer) + u mean over layers D(output)
+    (1 - w) T^2 KL(teacher || student) + w CE(labels) + v |h_student - h_teacher|^2 / |h_teacher|^2 + u L
 
-per counted token, with both distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531); D is the relative
-distance |h_student - h_teacher|^2 / |h_teacher|^2, w is train.distill_label_weight, v is train.distill_hidden_weight, u
-is train.distill_layers_weight.
+per counted token, with both distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531); h is what enters the
+output layer, w is train.distill_label_weight, v is train.distill_hidden_weight; L is the mean distance of the layers'
+outputs (layer_states.py), u is train.distill_layers_weight.
 
 At each step the teacher runs forward through the pipeline over all micro-batches first; the last stage keeps its h,
 which is vocabulary / hidden size smaller than its logits. Those are made from it chunk by chunk inside of the loss.
-Where u is not 0, each stage keeps its own layers' outputs as well (layer_states.py).
+Where u is not 0, each stage keeps its own layers' outputs as well.
 """
 
 from __future__ import annotations

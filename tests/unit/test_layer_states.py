@@ -48,7 +48,7 @@ def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     logits, of_teacher = ours(tokens).logits, theirs(tokens).logits.detach()
     kl, _ = plain_loss(logits, of_teacher, labels, 1.0)
     pairs = zip(seen[:LAYERS], seen[LAYERS:], strict=True)
-    distances = [(a - b.detach()).pow(2).sum(-1) / b.detach().pow(2).sum(-1) for a, b in pairs]
+    distances = [2 * (1 - torch.cosine_similarity(a, b.detach(), -1)) for a, b in pairs]
     apart = torch.stack(distances)[:, mask].mean()
     loss = kl[mask].mean() + WEIGHT * apart
     loss.backward()
@@ -56,10 +56,10 @@ def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def distilled(
-    session: Any, recompute: Any, dtype: torch.dtype = torch.float32
+    session: Any, recompute: Any = "none", dtype: torch.dtype = torch.float32, weight: float = WEIGHT
 ) -> tuple[float, float, dict[str, Tensor]]:
     """The same through the product."""
-    train = compose(["train=qad", f"train.distill_layers_weight={WEIGHT}"]).train
+    train = compose(["train=qad", f"train.distill_layers_weight={weight}"]).train
     ours, theirs = (random_llama(seed, num_hidden_layers=LAYERS) for seed in (3, 4))
     objective = Distillation(megatron_twin(theirs, session, dtype), train, session)
     model, _ = step.make_trainable(megatron_twin(ours, session, dtype, recompute), train, dtype)
@@ -84,10 +84,16 @@ def test_loss_and_gradients_are_those_of_transformers(session: Any) -> None:
 
 
 def test_bf16_has_about_the_gradients_of_fp32(session: Any) -> None:
-    single, half = distilled(session, "none"), distilled(session, "full", torch.bfloat16)
-    assert half[1] == pytest.approx(single[1], rel=0.02)
+    """Limits are three times what bf16 alone makes of the gradients without the layers."""
+
+    def apart(weight: float) -> dict[str, float]:
+        (*_, single), (*_, half) = (distilled(session, "full", one, weight) for one in (torch.float32, torch.bfloat16))
+        return {name: float((half[name] - single[name]).norm() / single[name].norm()) for name in TWINS}
+
+    floor, found = apart(1e-9), apart(WEIGHT)
     for name in TWINS:
-        assert float((half[2][name] - single[2][name]).norm() / single[2][name].norm()) < 0.1, name
+        print(f"{name}: {found[name]:.3f} (noise {floor[name]:.3f})")
+        assert found[name] <= 3 * floor[name], name
 
 
 def test_the_loss_of_a_step_has_the_layers_part(session: Any) -> None:
@@ -100,7 +106,7 @@ def test_the_loss_of_a_step_has_the_layers_part(session: Any) -> None:
         result = step.train_step(model, optimizer, random_batches(), session, objective)
         kl, layers = (result.parts[name] for name in ("kl_nats_per_token", "layers_loss_per_token"))
         assert result.loss == pytest.approx(kl + WEIGHT * layers, rel=1e-6)
-        assert (layers > 0.1) == is_apart and (is_apart or layers == 0)
+        assert (layers > 0.1) == is_apart and (is_apart or layers < 1e-9)
 
 
 def test_states_of_layers_are_planned() -> None:
