@@ -63,7 +63,7 @@ def use(model: nn.Module) -> dict[str, int]:
 
 def _formats(layer: Any) -> tuple[str, str] | None:
     """(weight's, input's) where both of a layer's quantizers are enabled and ours."""
-    quantizers = [getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input")]
+    quantizers: list[Any] = [getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input")]
     if any(q is None or not q.is_enabled or not q.backend_extra_args for q in quantizers):
         return None
     weight, x = (q.backend_extra_args["format"] for q in quantizers)
