@@ -299,6 +299,7 @@ def _report(config: RunConfig, launch: Launch, rows: list[Row]) -> dict[str, Any
         "job": "qat_step",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": launch.world_size, "layout": asdict(launch.plan), "precision": config.train.precision,
+        "fp8_gemm": config.train.fp8_gemm,
         "backend": config.model.backend, "recompute": config.parallel.recompute, "model": _hf_config(config),
         "steps": config.bench.steps, "repeats": config.bench.repeats,
         "versions": {name: version(name) for name in ("torch", "megatron-core", "nvidia-modelopt")},

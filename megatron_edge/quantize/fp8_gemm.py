@@ -8,6 +8,7 @@ and export multiply fake-quantised values as ever. Called by jobs (use) and dire
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from importlib.util import find_spec
@@ -104,7 +105,20 @@ def takes(layer: Any, x: Tensor) -> bool:
     weight, inputs = modules["weight_quantizer"].__dict__, modules["input_quantizer"].__dict__
     if weight["_disabled"] or inputs["_disabled"] or not x.numel():
         return False
-    return weight["backend_extra_args"]["format"] == "fp8" or x.numel() // x.shape[-1] % TOKENS == 0
+    if weight["backend_extra_args"]["format"] == "int4" and x.numel() // x.shape[-1] % TOKENS:
+        _say_uneven()
+        return False
+    return True
+
+
+@functools.cache
+def _say_uneven() -> None:
+    """Once."""
+    log.info(
+        "FP8 products of int4 weights take a multiple of %d tokens: where a micro-batch, or an expert's share of it, has "
+        "another number, fake-quantised values are multiplied",
+        TOKENS,
+    )
 
 
 def input_operand(x: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:

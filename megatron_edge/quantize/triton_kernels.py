@@ -170,7 +170,7 @@ def _int4_operand_kernel(
 def _fp8_values_kernel(codes, scale, out, size, TILE: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = offsets < size
-    value = tl.load(codes + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    value = tl.load(codes + offsets, mask=inside).to(tl.float32) * tl.load(scale)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 

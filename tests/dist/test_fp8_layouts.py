@@ -1,4 +1,5 @@
-"""FP8 products where layouts cut or exchange what a linear layer multiplies, two processes with gloo: the gradients of fake-quantised ones, in fp32."""
+"""FP8 products where layouts cut or exchange what a linear layer multiplies, two processes with gloo: the gradients of
+fake-quantised ones, in fp32."""
 
 from __future__ import annotations
 
