@@ -115,8 +115,8 @@ def takes(layer: Any, x: Tensor) -> bool:
 def _say_uneven() -> None:
     """Once."""
     log.info(
-        "FP8 products of int4 weights take a multiple of %d tokens: where a micro-batch, or an expert's share of it, has "
-        "another number, fake-quantised values are multiplied",
+        "FP8 products of int4 weights take a multiple of %d tokens: where a micro-batch, or an expert's share of it, "
+        "has another number, fake-quantised values are multiplied",
         TOKENS,
     )
 
