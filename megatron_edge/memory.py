@@ -259,8 +259,8 @@ def _adapter_parameters(
 
 
 def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int) -> int:
-    """Fake-quantised weights of a stage, which one step keeps (quantize/apply.py: constant_weights), and int4's fp32
-    maxima of each group."""
+    """Fake-quantised weights of a stage, which one step keeps (quantize/apply.py: constant_weights), beside them the
+    codes that FP8 products multiply, and int4's fp32 maxima of each group."""
     dims, first, last = dims_of(hf_config), stage == 0, stage == layout.pp - 1
     rules, size = quant_rules(config.quant, hf_config), WEIGHT_BYTES[config.train.precision]
     counts = layers_per_chunk(dims.num_layers, layout)
@@ -277,7 +277,9 @@ def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: P
         if rule is not None:  # experts of a layer have one format: the first stands for all
             weights = sum(math.prod(hf_shape(target, linear, dims)) for target in linear.targets)
             share = dims.num_experts / (layout.etp * layout.ep) if linear.is_expert else 1 / layout.tp
-            total += weights * share * (size + (4 / rule.group_size if rule.weight == "int4" else 0))
+            scales = 4 / rule.group_size if rule.weight == "int4" else 0
+            codes = 1 + scales if _keeps_codes(config) else 0
+            total += weights * share * (size + scales + codes)
     for table in tables_of(config.quant, hf_config):
         here = last if table.module == "output_layer" else first or (last and dims.tied)
         if table.format != "bf16" and here:
@@ -302,13 +304,25 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     else:  # query and result; key and value (of all context ranks) for each head; log of the sums
         attention = size * heads * (2 + 2 * layout.cp) + 4 * dims.num_heads
         mask = size * config.train.seq_length_tokens  # in the activations' dtype
+    kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of a linear layer's input
+    norms -= 2 * (size - kept) * dims.hidden_size // sequence
     if any(part.activation != "none" for _, part in parts_of(config.quant)):
-        attention += size * heads  # the projection keeps its rounded input beside the result
+        attention += kept * heads  # the projection keeps its rounded input beside the result
     # gate and up, silu(gate), up with Megatron's offset of 0, their product
-    mlp = size * 5 * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
+    mlp = (size * 4 + kept) * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
     # an expert's input and its output before the router's weight
     routed = size * 2 * dims.experts_per_token * dims.hidden_size * layout.etp
     return norms + rotary + mask + (attention + mlp + routed) // layout.tp
+
+
+def _keeps_codes(config: RunConfig) -> bool:
+    """Whether all linear layers multiply FP8 numbers in training (quantize/fp8_gemm.py): their inputs are kept so."""
+    if not config.train.fp8_gemm or config.train.lora_rank is not None or config.model.backend == "te":
+        return False
+    return all(
+        part.activation == "fp8" and (part.weight == "fp8" or (part.weight == "int4" and part.group_size == 128))
+        for _, part in parts_of(config.quant)
+    )
 
 
 def _norm_bytes(dims: ModelDims, size: int) -> int:

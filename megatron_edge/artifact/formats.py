@@ -67,8 +67,8 @@ from megatron_edge.contracts import InputError
 __all__ = [
     "ACTIVATION_FORMATS", "INT8_BLOCK", "KV_FORMATS", "NVFP4_BLOCK", "STATIC_KV_FORMATS", "WEIGHT_FORMATS", "Encoded",
     "amax_of_scale", "decode", "effective_group_size", "encode", "fake_quantize", "fake_quantize_input",
-    "fake_quantize_kv", "kv_storage_bytes", "pack_nibbles", "scales_per_row", "snap_amax", "snap_tensor_amax",
-    "storage_bytes", "tensor_scale", "unpack_nibbles", "unpacked_codes", "weight_amax",
+    "fake_quantize_kv", "fp8_operand", "fp8_values", "kv_storage_bytes", "pack_nibbles", "scales_per_row", "snap_amax",
+    "snap_tensor_amax", "storage_bytes", "tensor_scale", "unpack_nibbles", "unpacked_codes", "weight_amax",
 ]  # fmt: skip
 
 
@@ -268,8 +268,42 @@ def fake_quantize_kv(fmt: str, x: Tensor, amax: Tensor | None = None) -> Tensor:
     return by_parts(_q8_0_part, x, INT8_BLOCK)
 
 
+@torch.no_grad()
+def fp8_operand(fmt: str, x: Tensor, amax: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] or, of fp8, an input [..., in] as a matrix product of E4M3 numbers takes it.
+
+    fp8's own codes, but for zeros, which are +0; int4's, -8 .. 7, which E4M3 holds exactly. Value = code * scale is
+    that of `fake_quantize` before its cast. Does not check that x is finite, nor wait for the device.
+
+    Returns:
+        float8_e4m3fn of x's shape; its scale, fp32: [] of fp8, [in / group_size, out] of int4.
+    """
+    scales.check_format(fmt, ("fp8", "int4"))
+    amax = amax.detach().to(x.device, torch.float32)
+    if fmt == "fp8":
+        amax = scales.scalar_amax(fmt, amax)
+        codes = by_parts(_fp8_levels, x, x.shape[-1], scales.tensor_multiplier(fmt, amax), dtype=torch.float8_e4m3fn)
+        return codes, tensor_scale(fmt, amax)
+    group_size = scales.block_size(fmt, x.shape, group_size)
+    amax = scales.column_amax(fmt, amax, x.reshape(-1, group_size))
+    scale = scales.fp16_scale(fmt, amax)
+    inverse = scales.inverse_of_scale(fmt, amax, scale)
+    codes = by_parts(_int4_levels, x, group_size, inverse, dtype=torch.float8_e4m3fn)
+    return codes, scale.float().view(x.shape[0], -1).t().contiguous()
+
+
+@torch.no_grad()
+def fp8_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `fp8_operand`'s codes with one scale stand for: the bits of `fake_quantize` in `dtype`."""
+    return (codes.float() * scale).to(dtype)
+
+
+def _fp8_levels(x: Tensor, multiplier: Tensor) -> Tensor:
+    return round_e4m3(x.float() * multiplier)
+
+
 def _fp8_part(x: Tensor, multiplier: Tensor, scale: Tensor) -> Tensor:
-    return round_e4m3(x.float() * multiplier).mul_(scale)
+    return _fp8_levels(x, multiplier).mul_(scale)
 
 
 def _int4_part(x: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ from megatron_edge import checks, devices, memory
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.families import dims_of
-from megatron_edge.jobs.preflight import check_backend, native_precision, records_steps
+from megatron_edge.jobs.preflight import check_backend, native, records_steps
 from megatron_edge.jobs.training import DTYPES, job_session
 from megatron_edge.leaves import expected, refuse_unknown
 from megatron_edge.log import console
 from megatron_edge.model.build import build_model, named_shards
 from megatron_edge.model.hf_config import checked_config
-from megatron_edge.quantize import apply, plain_modelopt, policy
+from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt, policy
 from megatron_edge.runtime.launcher import Launch
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
@@ -97,7 +97,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     Raises:
         InputError: one that is not.
     """
-    config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
+    config = replace(config, train=native(config.train))
     checks.check_run_dir(config)
     check_backend(config)
     bench, hf_config = config.bench, _hf_config(config)
@@ -180,6 +180,8 @@ def _contender(config: RunConfig, session: Session, name: str, fmt: str) -> _Con
         plan = policy.make_plan(_quant(config, fmt), config.kv, hf_config)
         matches = apply.insert_quantizers(model, plan)
         apply.calibrate(model, plan, matches, run_data)
+        if config.train.fp8_gemm:
+            fp8_gemm.use(model)
     elif name == "modelopt":
         plain_modelopt.quantize(model, fmt, run_data)
     train = replace(config.train, steps=10_000, warmup_steps=0)
@@ -297,6 +299,7 @@ def _report(config: RunConfig, launch: Launch, rows: list[Row]) -> dict[str, Any
         "job": "qat_step",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": launch.world_size, "layout": asdict(launch.plan), "precision": config.train.precision,
+        "fp8_gemm": config.train.fp8_gemm,
         "backend": config.model.backend, "recompute": config.parallel.recompute, "model": _hf_config(config),
         "steps": config.bench.steps, "repeats": config.bench.repeats,
         "versions": {name: version(name) for name in ("torch", "megatron-core", "nvidia-modelopt")},

@@ -16,7 +16,7 @@ import psutil
 
 from megatron_edge import checks, deployment, memory
 from megatron_edge import config as configuration
-from megatron_edge.config import RunConfig
+from megatron_edge.config import RunConfig, TrainConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.deployment import Prediction
 from megatron_edge.export.targets import gguf
@@ -45,7 +45,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     Raises:
         InputError: any of it is not so.
     """
-    config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
+    config = replace(config, train=native(config.train))
     check_backend(config)
     check_tracker(config)
     source = open_model(config.model)
@@ -74,6 +74,35 @@ def native_precision(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf1
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def native(train: TrainConfig) -> TrainConfig:
+    """`train` with what follows from this machine filled in: precision, and whether products are of FP8 numbers.
+
+    Raises:
+        InputError: train.fp8_gemm=true where it cannot be.
+    """
+    train = replace(train, precision=native_precision(train.precision))
+    return replace(train, fp8_gemm=uses_fp8_products(train))
+
+
+def uses_fp8_products(train: TrainConfig) -> bool:
+    """Whether layers with fp8 inputs multiply FP8 numbers (quantize/fp8_gemm.py): as train.fp8_gemm says, or where the
+    device has such products. `train.precision` is settled.
+
+    Raises:
+        InputError: train.fp8_gemm=true where it cannot be.
+    """
+    if train.fp8_gemm is False:
+        return False
+    from megatron_edge.quantize import fp8_gemm
+
+    obstacle = fp8_gemm.absent()
+    if not obstacle and train.precision != "bf16":
+        obstacle = f"train.precision={train.precision} rounds products less than FP8 ones are (bf16 is allowed)"
+    if train.fp8_gemm and obstacle:
+        raise InputError(f"train.fp8_gemm=true: {obstacle}; allowed here: null, false")
+    return not obstacle
 
 
 def _chosen(
@@ -262,7 +291,7 @@ def plan(config: RunConfig, launch: Launch) -> None:
     not fit."""
     from megatron_edge.log import console
 
-    config = replace(config, train=replace(config.train, precision=native_precision(config.train.precision)))
+    config = replace(config, train=native(config.train))
     source = open_model(config.model)
     teacher = teacher_source(config, source)
     taught = teacher.hf_config if teacher else None

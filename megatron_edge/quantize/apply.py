@@ -90,7 +90,7 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for quantizer in quantizers:
-            quantizer._keep, quantizer._kept = False, None
+            quantizer._keep, quantizer._kept, quantizer._kept_operand = False, None, None
 
 
 def _register() -> None:

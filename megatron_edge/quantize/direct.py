@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_edge.model.fp8_linear import linear_of_codes
 from megatron_edge.model.layers import linear_classes, linear_of_values
+from megatron_edge.quantize import fp8_gemm, kernels
 
 # As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
 _SETTINGS = (
@@ -75,11 +77,13 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
             def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
                 if not self._is_direct(weight):
                     return super()._forward_impl(input, weight, **settings)
-                operands = (
-                    value(input, self._modules["input_quantizer"]),
-                    value(weight, self._modules["weight_quantizer"]),
-                )
-                return linear_of_values()(input, weight, *operands, *(settings.get(name) for name in _SETTINGS))
+                of_input, of_weight = self._modules["input_quantizer"], self._modules["weight_quantizer"]
+                given = [settings.get(name) for name in _SETTINGS]
+                if fp8_gemm.takes(self, input):
+                    operands = *fp8_gemm.input_operand(input, of_input), *fp8_gemm.weight_operand(weight, of_weight)
+                    return linear_of_codes()(input, weight, *operands, kernels.fp8_values, *given)
+                values = value(input, of_input), value(weight, of_weight)
+                return linear_of_values()(input, weight, *values, *given)
 
         return DirectLinear
 

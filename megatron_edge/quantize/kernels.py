@@ -50,6 +50,30 @@ def plain(args: dict[str, Any], x: Tensor, amax: Tensor | None, dtype: torch.dty
     return formats.fake_quantize(args["format"], x, amax, args["group_size"]).to(dtype)
 
 
+def fp8_operand(
+    args: dict[str, Any], x: Tensor, amax: Tensor, with_values: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as an operand of a product of E4M3 numbers: (codes, scale) of formats.fp8_operand, and with_values what
+    `fake_quantize` gives in x's dtype, from the same pass. `args` are a quantizer's: an input's or a weight's of fp8, a
+    weight's of int4 in a power of two."""
+    if x.is_cuda and x.numel():
+        fused = _fused(x.device)
+        if fused is not None:
+            codes, scale, values = fused.fp8_operand(args, x, amax, with_values)
+            return codes, scale, values if with_values else None
+    codes, scale = formats.fp8_operand(args["format"], x.contiguous(), amax, args["group_size"])
+    return codes, scale, plain(args, x, amax, x.dtype) if with_values else None
+
+
+def fp8_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes with one scale stand for: the bits of `fake_quantize`."""
+    if codes.is_cuda and codes.numel():
+        fused = _fused(codes.device)
+        if fused is not None:
+            return fused.fp8_values(codes, scale, dtype)
+    return formats.fp8_values(codes, scale, dtype)
+
+
 @functools.cache
 def _fused(device: torch.device) -> ModuleType | None:
     """triton_kernels, where Triton is installed and the device has clamps that keep NaN (compute capability 8)."""

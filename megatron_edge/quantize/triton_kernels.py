@@ -126,6 +126,54 @@ def _q8_0_kernel(x, out, blocks, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _fp8_operand_kernel(
+    x, amax, codes, scale, values, size, divisor: tl.constexpr, zero: tl.constexpr, zero_scale: tl.constexpr,
+    WITH_VALUES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """E4M3 codes, rounded before the conversion, which on some chips rounds twice; values as _static_kernel's."""
+    program = tl.program_id(0).to(tl.int64)
+    offsets = program * TILE + tl.arange(0, TILE)
+    inside = offsets < size
+    maximum = tl.load(amax)
+    multiplier = tl.where(maximum > zero, tl.div_rn(divisor, maximum), 0.0)
+    step = tl.where(maximum > zero, tl.div_rn(maximum, divisor), zero_scale)
+    if program == 0:
+        tl.store(scale, step)
+    level = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * multiplier
+    level = _round_to_float(level, 448.0, 0.015625, 1572864.0)
+    tl.store(codes + offsets, level.to(tl.float8e4nv), mask=inside)
+    if WITH_VALUES:
+        tl.store(values + offsets, (level * step).to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _int4_operand_kernel(
+    x, amax, codes, scale, values, groups, rows, zero: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr
+):
+    """int4's codes in E4M3, which holds them exactly; scales [groups of a row, rows]; values as _grouped_kernel's."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    inside = group < groups
+    maximum = tl.load(amax + group, mask=inside, other=1.0)
+    step = _clamp(tl.div_rn(maximum, 7.0), 5.9604644775390625e-08, 65504.0).to(tl.float16).to(tl.float32)
+    inverse = tl.where(maximum > zero, tl.div_rn(1.0, step), 0.0)
+    in_row = groups // rows
+    tl.store(scale + (group % in_row) * rows + group // in_row, step, mask=inside)
+    offsets = group.to(tl.int64) * SIZE + tl.arange(0, SIZE)[None, :]
+    level = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
+    level = _round(_clamp(level, -8.0, 7.0))
+    tl.store(codes + offsets, level.to(tl.float8e4nv), mask=inside)
+    tl.store(values + offsets, (level * step).to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _fp8_values_kernel(codes, scale, out, size, TILE: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = offsets < size
+    value = tl.load(codes + offsets, mask=inside).to(tl.float32) * tl.load(scale)
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
+
+
 def fake_quantize(args: dict[str, Any], x: Tensor, amax: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See kernels.fake_quantize. x is not empty; the current device is x's."""
     fmt, role = args["format"], args["role"]
@@ -148,6 +196,41 @@ def fake_quantize(args: dict[str, Any], x: Tensor, amax: Tensor | None, dtype: t
         _nvfp4(x, amax, out)
     else:
         _static(fmt, x, amax, out)
+    return out
+
+
+def fp8_operand(args: dict[str, Any], x: Tensor, amax: Tensor, with_values: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See kernels.fp8_operand. x is not empty; the current device is x's, of compute capability 8.9 or higher."""
+    x = x.detach().contiguous()
+    if amax.dtype is not torch.float32 or amax.device != x.device:
+        amax = amax.to(x.device, torch.float32)
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    fmt, size = args["format"], x.numel()
+    if fmt == "int4":
+        group_size, rows = args["group_size"], x.shape[0]
+        scales.check_blocks(fmt, x.shape, group_size)
+        amax = scales.column_amax(fmt, amax, x.view(-1, group_size)).contiguous()
+        scale = torch.empty(x.shape[1] // group_size, rows, dtype=torch.float32, device=x.device)
+        values, groups, together = torch.empty_like(x), size // group_size, _TILE // group_size
+        _int4_operand_kernel[(-(-groups // together),)](
+            x, amax, codes, scale, values, groups, rows, scales.ZERO_AMAX[fmt],
+            GROUPS=together, SIZE=group_size, **_SETTINGS,
+        )  # fmt: skip
+        return codes, scale, values
+    scale = torch.empty((), dtype=torch.float32, device=x.device)
+    values = torch.empty_like(x) if with_values else codes
+    _fp8_operand_kernel[(-(-size // _TILE),)](
+        x, scales.scalar_amax(fmt, amax), codes, scale, values, size,
+        scales.AMAX_PER_SCALE[fmt], scales.ZERO_AMAX[fmt], scales.ZERO_SCALE[fmt],
+        WITH_VALUES=with_values, TILE=_TILE, **_SETTINGS,
+    )  # fmt: skip
+    return codes, scale, values
+
+
+def fp8_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See kernels.fp8_values."""
+    out, size = torch.empty_like(codes, dtype=dtype), codes.numel()
+    _fp8_values_kernel[(-(-size // _TILE),)](codes, scale, out, size, TILE=_TILE, **_SETTINGS)
     return out
 
 

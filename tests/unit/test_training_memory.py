@@ -15,7 +15,7 @@ from megatron_edge.contracts import ParallelPlan
 from megatron_edge.families import dims_of
 from megatron_edge.model.build import build_model, chunks_of, forward
 from megatron_edge.model.hf_config import checked_config
-from megatron_edge.quantize import apply
+from megatron_edge.quantize import apply, fp8_gemm
 from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train.data import Batch
 from megatron_edge.train.step import to_device
@@ -67,9 +67,13 @@ def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[i
             found[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its place would be used again
         return tensor
 
+    if config.train.fp8_gemm:
+        fp8_gemm.use(model.train())
     with apply.constant_weights(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(model[0], to_device(batch, session), labels=batch.labels)
         kept = [module._kept for module in model.modules() if getattr(module, "_kept", None) is not None]
+        operands = [getattr(module, "_kept_operand", None) for module in model.modules()]
+        kept += [operand[0] for operand in operands if operand is not None]
     weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     activations = sum(size for place, (size, _) in found.items() if place not in weights)
     return activations, sum(weights.values())
@@ -92,9 +96,13 @@ def test_a_layers_activations_are_what_autograd_keeps(
     assert (four - two) / (2 * TOKENS) == pytest.approx(planned, rel=0.01 if raw is EXPERTS else 1e-4)
 
 
-@pytest.mark.parametrize("arguments", [("quant=nvfp4", "kv=fp8"), ("quant=int4", "quant.embedding=int8")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("quant=nvfp4", "kv=fp8"), ("quant=int4", "quant.embedding=int8"), ("quant=fp8", "train.fp8_gemm=true")],
+)
 def test_quantizers_keep_a_copy_of_the_weights(arguments: tuple[str, ...], session: Any) -> None:
-    """And of activations no more than without them, but where an input is rounded that attention keeps as well."""
+    """And of activations no more than without them, but where an input is rounded that attention keeps as well; less,
+    where inputs are kept as FP8 codes."""
     config, plain = configured(*arguments), configured("quant=none")
     before, nothing = saved_bytes(DENSE, plain, session)
     after, weights = saved_bytes(DENSE, config, session)

@@ -1,0 +1,103 @@
+"""What a rank does for test_fp8_layouts.py, which starts it under torchrun: the gradients of a step with FP8 products
+and with fake-quantised ones, on one layout after the other.
+
+In: the JSON file to write, and the names of layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from tests.unit.tiny_megatron import random_batches
+from tools.layout_parity import layout_plan
+
+DENSE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96,
+    "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+EXPERTS = DENSE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+RECIPE = ("quant=fp8", "train.precision=fp32")
+
+
+def build(layout: str, hf_config: dict[str, Any], session: Any) -> nn.Module:
+    """Random weights, equal on ranks that share them (those that do not have the same ones too)."""
+    from megatron_edge.model.build import build_model
+
+    recompute = "full" if layout.endswith("RC") else "none"
+    model = build_model(hf_config, session.plan, torch.float32, session.device, recompute)
+    torch.manual_seed(6)
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.1)
+    return model
+
+
+def compare(layout: str, session: Any) -> dict[str, Any]:
+    """Relative differences of the loss and of all gradients, how many layers have FP8 products and how many inputs were
+    kept as codes."""
+    from megatron_edge.compose import compose
+    from megatron_edge.model.hf_config import checked_config
+    from megatron_edge.quantize import apply, fp8_gemm, policy
+    from megatron_edge.train import step
+
+    hf_config = checked_config(EXPERTS if "E" in layout else DENSE, layout)
+    model = build(layout, hf_config, session)
+    config = compose([*RECIPE])
+    plan = policy.make_plan(config.quant, config.kv, hf_config)
+    matches = apply.insert_quantizers(model, plan)
+    batches = random_batches(4)
+    apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, batches, session))
+    wrapped, _ = step.make_trainable(model, config.train, torch.float32)
+
+    def gradients() -> tuple[list[float], Tensor]:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        found = step.forward_backward(wrapped, batches, session, step.LABELS)
+        flat = [param.main_grad.flatten().clone() for param in wrapped.parameters() if param.requires_grad]
+        return [float(part["total"]) for part in found], torch.cat(flat)
+
+    losses, expected = gradients()
+    used, kept = fp8_gemm.use(wrapped), 0
+
+    def count(x: Tensor) -> Tensor:
+        nonlocal kept
+        kept += x.dtype is torch.float8_e4m3fn
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        theirs, ours = gradients()
+    return {
+        "used": used,
+        "kept": kept,
+        "losses": max((abs(a - b) / abs(b) for a, b in zip(theirs, losses, strict=True)), default=0.0),
+        "gradients": float((ours - expected).norm() / expected.norm()),
+        "norm": float(expected.norm()),
+    }
+
+
+def main(output: Path, layouts: list[str]) -> None:
+    from torch.distributed import PrefixStore, rendezvous
+
+    from megatron_edge.runtime.session import open_session
+
+    store, rank, _ = next(iter(rendezvous("env://")))
+    found = {}
+    for layout in layouts:
+        place = {"rank": rank, "local_rank": int(os.environ["LOCAL_RANK"]), "store": PrefixStore(layout, store)}
+        with open_session(layout_plan(layout), **place, timeout_seconds=300, seed=1) as session:
+            found[layout] = session.gather(compare(layout, session))
+    if rank == 0:
+        output.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
