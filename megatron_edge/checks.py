@@ -27,7 +27,7 @@ ACTIVATIONS = {
 GROUP_SIZES = {"none": (0,), "fp8": (0,), "int4": (32, 64, 128), "int8": (0,), "nvfp4": (16,)}
 ALGORITHMS = {
     "none": ("max",), "fp8": ("max",), "int4": ("max", "awq", "awq_clip"), "int8": ("max", "smoothquant"),
-    "nvfp4": ("max",),
+    "nvfp4": ("max", "awq"),
 }  # fmt: skip
 KV_BLOCKS = {"int8": 32, "nvfp4": 16}
 LLAMA_CPP_BLOCKS = {"int4": 32, "int8": 32, "nvfp4": 64}  # Q4_0, Q8_0, NVFP4

@@ -5,6 +5,10 @@ statistics and losses over the ranks that share a layer, so that every layout fi
 folded where that is exact and survives training: norm -> qkv, norm -> fc1, rows of up_proj -> down_proj. All experts of
 a layer read one norm, so they share its scale, and the router's columns take it as well. o_proj under grouped-query
 attention has no exact place for its scale and gets none. Nothing is left behind in the model.
+
+For int4 weights (with inputs of any format) the loss is that of the weights' rounding, as in the paper. For nvfp4 it is
+that of weights and inputs, as both share scales among 16 neighbouring channels: an outlier channel costs its neighbours
+their resolution, and on a small model the inputs' part of the damage is as large as the weights'.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_edge.artifact import formats
-from megatron_edge.contracts import QuantPlan
+from megatron_edge.contracts import QuantPlan, QuantRule
 from megatron_edge.model.build import chunks_of, named_modules
 from megatron_edge.quantize.policy import rule_for
 from megatron_edge.runtime.session import expert_groups, gather_context, gather_sequence, tensor_group
 
 log = logging.getLogger("megatron_edge")
 
+WEIGHTS = ("int4", "nvfp4")
 ALPHAS = tuple(step / 10 for step in range(11))
 _READ = (".self_attention.linear_qkv", ".mlp.linear_fc1", ".mlp.linear_fc2", ".mlp.router")
 
@@ -51,12 +56,12 @@ class AwqChoice:
 @dataclass(frozen=True)
 class _Site:
     """Linear layers that share a scale, each with the tokens that it reads; `groups` hold the rest of them: other rows
-    (or, `row_parallel`, columns) of the same weights, other experts."""
+    (or, `row_parallel`, columns) of the same weights, which the first of them shares, and other experts."""
 
     weights: Sequence[Tensor]
     inputs: Sequence[Tensor]
     x_mean: Tensor
-    group_size: int
+    rule: QuantRule
     row_parallel: bool
     groups: tuple[Any, ...]
 
@@ -79,10 +84,10 @@ def search_and_fold(
     for prefix in [name.removesuffix("self_attention") for name in modules if name.endswith(".self_attention")]:
         layer = {name.removeprefix(prefix): module for name, module in modules.items() if name.startswith(prefix)}
         seen = {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
-        group_sizes = {name: _group_size(prefix + name, plan) for name in layer}
-        sites = list(_dense_sites(layer, group_sizes, seen))
+        rules = {name: rule for name in layer if (rule := _rule(prefix + name, plan)) is not None}
+        sites = list(_dense_sites(layer, rules, seen))
         if "mlp.router" in layer:
-            sites += _expert_sites(layer, group_sizes, seen)
+            sites += _expert_sites(layer, rules, seen)
         scales = {}
         for name, site in sites:
             scales[name], choices[prefix + name] = _search(site)
@@ -91,10 +96,10 @@ def search_and_fold(
     return choices
 
 
-def _group_size(name: str, plan: QuantPlan) -> int:
-    """0 where the module is not a linear layer with int4 weights."""
+def _rule(name: str, plan: QuantPlan) -> QuantRule | None:
+    """None where the module is not a linear layer whose weights have scales of a few channels each."""
     rule = rule_for(name, plan)
-    return rule.group_size if rule is not None and rule.weight == "int4" else 0
+    return rule if rule is not None and rule.weight in WEIGHTS else None
 
 
 def _collect(
@@ -131,19 +136,16 @@ _Layer = dict[str, nn.Module]
 _Sites = Iterator[tuple[str, _Site]]
 
 
-def _dense_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
+def _dense_sites(layer: _Layer, rules: dict[str, QuantRule], seen: dict[str, _Statistics]) -> _Sites:
     for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"):
-        if group_sizes.get(name):
+        if name in rules:
             stats, weight = seen.pop(name), layer[name].weight
             row_parallel = name.endswith("linear_fc2")
             x = torch.cat(stats.kept)
-            yield (
-                name,
-                _Site((weight,), (x,), stats.total / stats.count, group_sizes[name], row_parallel, (tensor_group(),)),
-            )
+            yield name, _Site((weight,), (x,), stats.total / stats.count, rules[name], row_parallel, (tensor_group(),))
 
 
-def _expert_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _Statistics]) -> _Sites:
+def _expert_sites(layer: _Layer, rules: dict[str, QuantRule], seen: dict[str, _Statistics]) -> _Sites:
     """One site for what all experts read; one for each expert's hidden activations. An expert that the kept tokens do
     not reach says nothing on the first and is left unscaled in the second."""
     stats = seen.pop("mlp.router")
@@ -151,36 +153,36 @@ def _expert_sites(layer: _Layer, group_sizes: dict[str, int], seen: dict[str, _S
     _, routed = router(x[:, None].to(router.weight.dtype))  # [tokens, experts of the whole model]
     experts = [name.removesuffix(".linear_fc1") for name in layer if name.endswith(".linear_fc1")]
     tokens = {name: x[routed[:, int(name.rsplit(".", 1)[1])].bool()] for name in experts}
-    chosen = [name for name in experts if group_sizes[f"{name}.linear_fc1"]]
-    sizes = {group_sizes[f"{name}.linear_fc1"] for name in chosen}
+    chosen = [name for name in experts if f"{name}.linear_fc1" in rules]
     expert_tensor, expert_model, _ = expert_groups()
-    if sizes:
+    if chosen:
         yield (
             "mlp.experts.linear_fc1",
             _Site(
                 [layer[f"{name}.linear_fc1"].weight for name in chosen],
                 [tokens[name] for name in chosen],
                 stats.total / stats.count,
-                sizes.pop(),
+                rules[f"{chosen[0]}.linear_fc1"],
                 row_parallel=False,
                 groups=(expert_tensor, expert_model),
             ),
         )
     for name in experts:
-        size, fc1 = group_sizes[f"{name}.linear_fc2"], layer[f"{name}.linear_fc1"]
-        if size and len(tokens[name]):
+        rule, fc1 = rules.get(f"{name}.linear_fc2"), layer[f"{name}.linear_fc1"]
+        if rule is not None and len(tokens[name]):
             gate, up = (tokens[name] @ fc1.weight.float().t()).chunk(2, dim=-1)
             hidden = F.silu(gate) * up
             weight = layer[f"{name}.linear_fc2"].weight
             yield (
                 f"{name}.linear_fc2",
-                _Site((weight,), (hidden,), hidden.abs().mean(0), size, row_parallel=True, groups=(expert_tensor,)),
+                _Site((weight,), (hidden,), hidden.abs().mean(0), rule, row_parallel=True, groups=(expert_tensor,)),
             )
 
 
 def _search(site: _Site) -> tuple[Tensor, AwqChoice]:
     """Scale [in of the shard] with the least output error over ALPHAS."""
-    magnitude = torch.stack([_relative_magnitude(weight.float(), site.group_size) for weight in site.weights]).sum(0)
+    size = site.rule.group_size
+    magnitude = torch.stack([_relative_magnitude(weight.float(), size) for weight in site.weights]).sum(0)
     rows = torch.tensor(float(sum(weight.shape[0] for weight in site.weights)), device=magnitude.device)
     if not site.row_parallel:
         magnitude, rows = _sum(magnitude, site), _sum(rows, site)
@@ -210,14 +212,29 @@ def _scale(site: _Site, w_mean: Tensor, alpha: float) -> Tensor:
 def _loss(site: _Site, scale: Tensor) -> float:
     """Squared error of the outputs, summed over the site's weights and groups."""
     total = torch.zeros((), device=scale.device)
+    fmt, size = site.rule.weight, site.rule.group_size
     for stored, x in zip(site.weights, site.inputs, strict=True):
         weight = stored.float()
         scaled = weight * scale
-        amax = formats.snap_amax("int4", formats.weight_amax("int4", scaled, site.group_size))
-        error = formats.fake_quantize("int4", scaled, amax, site.group_size) / scale - weight
-        out = x @ error.t()
+        amax = formats.weight_amax(fmt, scaled, size)
+        if fmt == "nvfp4":
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=site.groups[0])
+        quantised = formats.fake_quantize(fmt, scaled, formats.snap_amax(fmt, amax), size) / scale
+        out = x @ (quantised - weight).t()
+        if site.rule.activation == "nvfp4" and len(x):
+            out += _input_error(site, x, scale) @ quantised.t()
         total += (_sum(out, site) if site.row_parallel else out).pow(2).sum()
     return float(total if site.row_parallel else _sum(total, site))
+
+
+def _input_error(site: _Site, x: Tensor, scale: Tensor) -> Tensor:
+    """What quantising the inputs [tokens, in] under `scale` adds to them."""
+    scaled = x / scale
+    amax = scaled.abs().amax()
+    if site.row_parallel:
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=site.groups[0])
+    amax = formats.snap_tensor_amax("nvfp4", amax)
+    return formats.fake_quantize_input("nvfp4", scaled, amax) * scale - x
 
 
 def _sum(value: Tensor, site: _Site) -> Tensor:

@@ -19,7 +19,7 @@ WORLD_2, WORLD_3 = ("PP2VPP2", "DP2DO", "TP2SP", "CP2"), ("TP3",)
 EXPERT_FORMATS, EXPERT_LAYOUTS = ("int4_awq", "nvfp4+fp8"), ("EP2", "TP2SP", "TP2ETP2SP")
 # The long table: dense and experts, one to four processes.
 TABLE_FORMATS = (
-    "int4_awq", "nvfp4", "fp8+fp8", "int8_sq", "w4a8_awq+nvfp4", "int4_awq:algorithm=awq_clip",
+    "int4_awq", "nvfp4", "nvfp4:algorithm=awq", "fp8+fp8", "int8_sq", "w4a8_awq+nvfp4", "int4_awq:algorithm=awq_clip",
     "fp8+fp8:calibration=percentile", "int8_sq+nvfp4:calibration=mse",
 )  # fmt: skip
 TABLE = {
@@ -73,9 +73,9 @@ def expected_checks(layout: str, name: str) -> set[str]:
         checks.add("alpha")
     if name.startswith(("int4", "w4a8", "int8_sq")) or name.endswith(("embedding=int4", "embedding=int8")):
         checks.add("own_blocks")
-    if "+" in name or name in ("nvfp4", "fp8", "int8_sq"):
+    if "+" in name or name.split(":")[0] in ("nvfp4", "fp8", "int8_sq"):
         checks |= {"recorded", "mean_loss"}
-    if ":algorithm" in name or ":calibration" in name:  # scales that do not cover the maxima of weights and data
+    if ":algorithm=awq_clip" in name or ":calibration" in name:  # scales that do not cover the maxima of weights and data
         checks -= {"unexplained", "own_blocks"}
     return checks
 

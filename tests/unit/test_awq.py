@@ -249,3 +249,60 @@ def test_the_search_beside_modelopts(folded: Folded, reordered: Folded, llama: A
     print(f"losses: ours against modelopt's {relative_difference(ours):.2g}; ", end="")
     print(f"modelopt's against the plain loop {relative_difference(plain):.2g}, floor {floor:.2g}")
     assert relative_difference(plain) <= 3 * floor
+
+
+def e2m1(value: Tensor) -> Tensor:
+    """float64 -> the nearest of the sixteen numbers of E2M1, by looking at all of them; ties to the even code."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=value.dtype)
+    distance = (value.abs()[..., None] - grid).abs()
+    distance[..., 1::2] *= 1 + 1e-12  # of two that are as near the even one
+    return grid[distance.argmin(-1)] * value.sign()
+
+
+def nvfp4(value: Tensor) -> Tensor:
+    """[n, in] as nvfp4 holds it: one scale for the tensor, an E4M3 one for each 16 of a row."""
+    whole = (formats.snap_tensor_amax("nvfp4", value.abs().max().float()) / 2688).double()
+    blocks = value.float().double().view(len(value), -1, 16)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 6 / whole).clamp(2.0**-9, 448).float().to(torch.float8_e4m3fn)
+    unit = scale.double() * whole
+    return (e2m1((blocks / unit).clamp(-6, 6)) * unit).view_as(value)
+
+
+@pytest.mark.parametrize("activation", ["none", "nvfp4"])
+def test_nvfp4_counts_the_rounding_of_weights_and_of_inputs(activation: str, llama: Any, session: Any) -> None:
+    """Losses are those of a plain loop in float64, the folded model is the same one unquantised, and the exponents
+    chosen leave less error than no scale at all where a channel of the inputs is an outlier."""
+    with torch.no_grad():
+        llama.model.layers[0].input_layernorm.weight[3] *= 30
+    try:
+        model, batches, inputs = megatron_twin(llama, session), random_batches(4), inputs_of(llama)
+        rules = tuple(QuantRule(rule.pattern, "nvfp4", activation, 16) for rule in PLAN.rules)
+        plan = QuantPlan("nvfp4", activation, "none", 16, "awq", rules)
+
+        def forward_loop(_: nn.Module) -> None:
+            step.run_forward(model, batches, session)
+
+        before = step.token_logits(model, batches, session)
+        choices = awq.search_and_fold(model, plan, forward_loop, calib_tokens=NUM_TOKENS, awq_tokens=NUM_TOKENS)
+        after = step.token_logits(model, batches, session)
+        assert before is not None and after is not None
+        assert float((before - after).abs().max()) < 1e-4 * float(before.abs().max())
+        for name, choice in choices.items():
+            weight, x = twin_weight(llama, name).double(), inputs[name].double()
+            relative = weight.abs().view(len(weight), -1, 16) / weight.abs().view(len(weight), -1, 16).amax(-1, True)
+            losses = []
+            for tenth in range(11):
+                scale = x.abs().mean(0) ** (tenth / 10) / relative.view_as(weight).mean(0) ** (1 - tenth / 10)
+                scale /= math.sqrt(float(scale.max() * scale.min()))
+                seen = nvfp4(x / scale) * scale if activation == "nvfp4" else x
+                losses.append(float((seen @ (nvfp4(weight * scale) / scale).t() - x @ weight.t()).pow(2).sum()))
+            # Sums in fp32; a code on a boundary would count for more.
+            apart = relative_difference(list(zip(choice.losses, losses, strict=True)))
+            print(f"{name}: losses {apart:.1e} apart, exponent {choice.alpha}")
+            assert apart < 1e-5
+            if name == "decoder.layers.0.self_attention.linear_qkv":
+                unscaled = (nvfp4(x) if activation == "nvfp4" else x) @ nvfp4(weight).t() - x @ weight.t()
+                assert min(choice.losses) < 0.9 * float(unscaled.pow(2).sum())
+    finally:
+        with torch.no_grad():
+            llama.model.layers[0].input_layernorm.weight[3] /= 30

@@ -185,7 +185,7 @@ def test_from_hydra_refuses_unknown_keys_at_any_depth() -> None:
         ("parallel.context=3", ("train.seq_length_tokens=128", "a multiple of 6 (2 x context)")),
         ("parallel.sequence=true", ("parallel.sequence=true", "parallel.tensor")),
         ("quant.group_size=32", ("quant.group_size=32", "16 with quant.weight=nvfp4")),
-        ("quant.algorithm=awq", ("quant.algorithm='awq'", "max with quant.weight=nvfp4")),
+        ("quant.algorithm=awq_clip", ("quant.algorithm='awq_clip'", "max or awq with quant.weight=nvfp4")),
         ("quant.activation=fp8", ("quant.activation='fp8'", "none or nvfp4")),
         ("train.min_learning_rate=1", ("train.min_learning_rate=1.0", "at most")),
     ],
