@@ -200,6 +200,7 @@ class SearchConfig:
     target_bits: float | None = leaf("bits per weight of the linear layers, scales included", low=1.0, high=32.0)
     target_bytes: int | None = leaf("bytes of the whole artifact; give this or target_bits", low=1)
     windows: int = leaf("calibration sequences on which the divergence from the plain model is measured", low=1)
+    rounds: int = leaf("how often layers are measured again in the mix found so far, and chosen anew", low=0)
     output: str | None = leaf("the recipe file; null is recipe.yaml in run_dir")
 
 

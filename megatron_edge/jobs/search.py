@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megatron_edge import checks, devices, memory
@@ -32,13 +31,13 @@ from megatron_edge.runtime.launcher import Launch
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import step
+from megatron_edge.train.batches import in_batches
 from megatron_edge.train.data import Batch, TrainingData, load_data
 from megatron_edge.train.divergence import Divergence
+from megatron_edge.verify.statistics import Difference, paired_means
 
 log = logging.getLogger("megatron_edge")
 
-MICRO_BATCH = 4
-CUDA_TOKENS = 8192  # of a micro-batch there: one of 4 short windows takes as long, by launching its kernels
 LAYERS_FILE = "layer_divergence.json"
 CHOSEN_KEYS = ("name", "weight", "activation", "group_size", "algorithm")
 RECIPE_KEYS = (*CHOSEN_KEYS, "calibration", "percentile", "exclude")
@@ -47,7 +46,7 @@ RECIPE_KEYS = (*CHOSEN_KEYS, "calibration", "percentile", "exclude")
 @dataclass(frozen=True)
 class Measured:
     """One recipe for the whole model: bytes of the linear layers; KL on the search's text, summed over single units and
-    measured, and on held-out text; the loss on held-out text, in nats per token."""
+    measured, and on held-out text; the loss on held-out text, in nats per token; the held-out KL of each window."""
 
     name: str
     size_bytes: int
@@ -57,6 +56,7 @@ class Measured:
     heldout: float
     heldout_loss: float
     recipe: QuantConfig
+    windows: tuple[float, ...] = ()
 
 
 def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
@@ -168,7 +168,7 @@ def search(config: RunConfig, launch: Launch) -> None:
         options = job.measure()
         found = job.compare(options)
     if launch.rank == 0:
-        _write(config, found, units, options, budget)
+        _write(config, found, units, options, budget, job.heldout.tokens.tolist())
 
 
 class _Search:
@@ -190,32 +190,33 @@ class _Search:
         self.units, self.recipes, self.budget = units, recipes, budget
         self.measured_on = {"model": fingerprint, "data": data.fingerprint, "windows": config.search.windows}
         self.measured_on |= {"seed": config.train.seed, "precision": config.train.precision}
-        calibration = _batches(data.train.calibration(config.quant.calib_size))
-        measured = _batches(data.train.calibration(config.search.windows))
-        heldout = _batches(data.heldout.evaluation(config.search.windows * config.train.seq_length_tokens))
-        self.evaluated = _batches(data.heldout.evaluation(config.data.eval_tokens))
+
+        def batches(windows: Batch) -> list[Batch]:
+            return in_batches(windows, hf_config["vocab_size"], session)
+
+        calibration = batches(data.train.calibration(config.quant.calib_size))
+        measured = batches(data.train.calibration(config.search.windows))
+        heldout = batches(data.heldout.evaluation(config.search.windows * config.train.seq_length_tokens))
+        self.evaluated = batches(data.heldout.evaluation(config.data.eval_tokens))
         self.forward_loop = lambda _: step.run_forward(model, calibration, session)
         mark("the plain model's predictions")
         self.plain_loss = step.evaluate(model, self.evaluated, session)
         log.info("held-out loss, the model as it came: %.4f nats/token", self.plain_loss)
         self.divergence, self.heldout = (Divergence(model, text, session) for text in (measured, heldout))
+        mark("calibrating")
+        self.candidates = searching.candidates_of(model, units, recipes, hf_config, self.forward_loop)
 
     def measure(self) -> list[list[Option]]:
         """What run_dir holds already of the same measurement is not made again: another target costs seconds."""
         mark("measuring layers")
         known = self.session.on_rank_0(self._read_layers)
-        for name, recipe in self.recipes.items():
-            if name not in known:
-                known[name] = searching.measure(
-                    self.model,
-                    self.units,
-                    recipe,
-                    self.hf_config,
-                    self.forward_loop,
-                    self.divergence,
-                    self.session.rank,
-                )
-                self.session.on_rank_0(lambda: self._write_layers(known))
+        missing = [name for name in self.recipes if name not in known]
+        if missing:
+            plain = [None] * len(self.units)
+            known |= searching.measure(
+                self.candidates, self.units, plain, missing, self.divergence, 0.0, self.session.rank
+            )
+            self.session.on_rank_0(lambda: self._write_layers(known))
         return searching.options_of(self.units, self.recipes, self.hf_config, known)
 
     def _write_layers(self, known: dict[str, list[float]]) -> None:
@@ -238,7 +239,8 @@ class _Search:
         }
 
     def compare(self, options: list[list[Option]]) -> list[Measured]:
-        """The choice first, then what the same bytes give without a search: whole recipes, all measured."""
+        """The choice first, then what the same bytes give without a search, and the best that fits refined: whole
+        recipes, all measured."""
         mark("measuring whole recipes")
         chosen = searching.choose(options, self.budget)
         assert chosen is not None, "prepare has seen that something fits"
@@ -247,7 +249,28 @@ class _Search:
             wanted[name] = [unit[index] for unit in options]
         if (spread := searching.spread_evenly(self.units, options, self.budget)) is not None:
             wanted["spread evenly"] = spread
-        return [self._measure_whole(name, picked) for name, picked in wanted.items() if self._is_asked(picked)]
+        found = {name: self._measure_whole(name, picks) for name, picks in wanted.items() if self._is_asked(picks)}
+        refined = self._refine(options, wanted, found) if self.config.search.rounds else None
+        return [*found.values(), *([refined] if refined else [])]
+
+    def _refine(
+        self, options: list[list[Option]], wanted: dict[str, list[Option]], found: dict[str, Measured]
+    ) -> Measured | None:
+        """None where nothing better was found."""
+        mark("measuring layers in the mix")
+        fitting = [one for one in found.values() if one.size_bytes <= self.budget]
+        start = wanted[min(fitting, key=lambda one: one.measured).name]
+        picked, _ = searching.refine(
+            self.candidates,
+            self.units,
+            options,
+            start,
+            self.budget,
+            self.divergence,
+            self.config.search.rounds,
+            self.session.rank,
+        )
+        return None if picked == start else self._measure_whole(f"refined_{self._bits(picked):.2f}", picked)
 
     def _is_asked(self, picked: list[Option]) -> bool:
         return any(self.recipes[one.name].weight != "none" for one in picked)
@@ -255,10 +278,13 @@ class _Search:
     def _measure_whole(self, name: str, picked: list[Option]) -> Measured:
         recipe = searching.as_recipe(name, self.units, [one.name for one in picked], self.recipes)
         searching.quantize(self.model, recipe, self.hf_config, self.forward_loop)
-        moved, heldout = self.divergence(self.model), self.heldout(self.model)
+        moved, windows = self.divergence(self.model), self.heldout.of_windows(self.model)
+        heldout = float(windows.sum()) / int(self.heldout.tokens.sum())
         loss = step.evaluate(self.model, self.evaluated, self.session)
         size, predicted = sum(one.size_bytes for one in picked), sum(one.divergence for one in picked)
-        return Measured(name, size, self._bits(picked), predicted, moved, heldout, loss, recipe)
+        return Measured(
+            name, size, self._bits(picked), predicted, moved, heldout, loss, recipe, tuple(windows.tolist())
+        )
 
     def _bits(self, picked: list[Option]) -> float:
         return 8 * sum(one.size_bytes for one in picked) / sum(unit.num_weights for unit in self.units)
@@ -268,33 +294,40 @@ def _data_dir(config: RunConfig) -> Path:
     return Path(config.run_dir) / "data"
 
 
-def _batches(windows: Batch) -> list[Batch]:
-    num, length = windows.tokens.shape
-    most = max(MICRO_BATCH, CUDA_TOKENS // length) if torch.cuda.is_available() else MICRO_BATCH
-    return windows.split(max(size for size in range(1, most + 1) if num % size == 0))
-
-
 def _write(
-    config: RunConfig, found: list[Measured], units: list[Unit], options: list[list[Option]], budget: int
+    config: RunConfig,
+    found: list[Measured],
+    units: list[Unit],
+    options: list[list[Option]],
+    budget: int,
+    tokens: list[int],
 ) -> None:
-    """The recipe of least measured divergence among those that fit, as a file, and all figures."""
+    """The recipe of least measured divergence among those that fit, as a file, and all figures. `tokens` are those of
+    each held-out window."""
     fitting = [one for one in found if one.size_bytes <= budget]
     best = min(fitting, key=lambda one: one.measured)
-    if best is not found[0]:
+    if best is not found[0] and not best.name.startswith("refined"):
         log.warning("the sum over single layers misled: %s diverges less than the choice, and is taken", best.name)
     output = Path(config.search.output or Path(config.run_dir) / "recipe.yaml")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(recipe_text(best, found, units, options))
+    apart = {}
+    if sum(count > 0 for count in tokens) > 1:
+        apart = {one.name: paired_means(one.windows, best.windows, tokens) for one in found if one is not best}
     record = {
         "budget_bytes": budget,
-        "recipes": [{key: value for key, value in asdict(one).items() if key != "recipe"} for one in found],
+        "written": best.name,
+        "recipes": [
+            {key: value for key, value in asdict(one).items() if key not in ("recipe", "windows")} for one in found
+        ],
+        "heldout_more_than_written": {name: asdict(one) for name, one in apart.items()},
         "units": {
             unit.pattern: {one.name: [one.size_bytes, one.divergence] for one in unit_options}
             for unit, unit_options in zip(units, options, strict=True)
         },
     }
     (Path(config.run_dir) / "search.json").write_text(json.dumps(record, indent=1))
-    console().print(_table(found, budget, best))
+    console().print(_table(found, budget, best, apart))
     log.info("recipe: %s (figures: %s)", output, Path(config.run_dir) / "search.json")
     log.info("next: python launch/qat.py quant.recipe=%s", output)
 
@@ -329,15 +362,20 @@ def recipe_text(best: Measured, found: list[Measured], units: list[Unit], option
     return "\n".join(lines) + "\n"
 
 
-def _table(found: list[Measured], budget: int, best: Measured) -> Any:
+def _table(found: list[Measured], budget: int, best: Measured, apart: Mapping[str, Difference]) -> Any:
     from rich.table import Table
 
-    shown = Table(
-        "recipe", "bits/weight", "bytes", "KL, predicted", "KL, measured", "KL, held-out", "loss, held-out", ""
+    shown = Table("recipe", "bits/weight", "bytes", "KL, sum", "KL", "KL, held-out", "more than written", "loss", "")
+    shown.title = (
+        f"linear layers in {budget:,} bytes; KL from the plain model (of layers alone, summed; measured; on held-out "
+        "text, with the 95% interval of what it has more than the recipe that is written) and held-out loss, nats/token"
     )
-    shown.title = f"linear layers in {budget:,} bytes; KL from the plain model, and loss, in nats/token"
     for one in found:
         note = "written" if one is best else "" if one.size_bytes <= budget else "too large"
-        numbers = (f"{one.predicted:.5f}", f"{one.measured:.5f}", f"{one.heldout:.5f}", f"{one.heldout_loss:.4f}")
-        shown.add_row(one.name, f"{one.bits_per_weight:.3f}", f"{one.size_bytes:,}", *numbers, note)
+        more = apart.get(one.name)
+        interval = "" if more is None else f"{more.low:+.5f} to {more.high:+.5f}"
+        numbers = (f"{one.predicted:.5f}", f"{one.measured:.5f}", f"{one.heldout:.5f}", interval)
+        shown.add_row(
+            one.name, f"{one.bits_per_weight:.3f}", f"{one.size_bytes:,}", *numbers, f"{one.heldout_loss:.4f}", note
+        )
     return shown
