@@ -43,7 +43,7 @@ NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "runtimes", "budget", "sweep", "log", "cluster", "model.name", "model.backend", "quant.name", "quant.recipe",
     "kv.name", "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps",
-    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph",
+    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph", "train.teacher_hf_config",
 )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ class TrainConfig:
     lora_rank: int | None = leaf("lora_qat: columns of B and rows of A in W0 + alpha / rank * B @ A", low=1)
     lora_alpha: float | None = leaf("lora_qat: alpha of the same", low=0.0)
     teacher: str | None = leaf("qad: as model.source; null is the student's own source, unquantised")
+    teacher_hf_config: str | None = leaf("qad: as model.hf_config, of a teacher that is a Megatron checkpoint")
     distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
     distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)
     distill_hidden_weight: float = leaf("qad: weight of the last hidden states' relative squared distance", low=0.0)

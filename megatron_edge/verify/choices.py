@@ -122,7 +122,7 @@ def _packed(segments: Sequence[_Segment], num_choices: int, longest: int, multip
         while length < segment.size:
             length *= 2
         by_length.setdefault(min(longest, -(-length // multiple) * multiple), []).append(segment)
-    windows, places = [], torch.zeros(num_choices, 4, dtype=torch.int64)
+    windows, places = list[Windows](), torch.zeros(num_choices, 4, dtype=torch.int64)
     for length, ones in sorted(by_length.items()):
         rows = _first_fit([one.size for one in ones], length)
         windows.append(_windows([[ones[i] for i in row] for row in rows], length, len(windows), places))
