@@ -9,19 +9,19 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_edge import checks, devices, memory
-from megatron_edge.config import QuantConfig, RunConfig, targets_able
+from megatron_edge.artifact.tables import tables_of
+from megatron_edge.config import EmbeddingFormat, QuantConfig, RunConfig, targets_able
 from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.jobs import search_result
 from megatron_edge.jobs.preflight import check_backend
+from megatron_edge.jobs.search_result import Measured
 from megatron_edge.jobs.training import DTYPES, job_session
 from megatron_edge.leaves import expected, refuse_unknown
-from megatron_edge.log import console
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import open_model
 from megatron_edge.quantize import search as searching
@@ -34,29 +34,11 @@ from megatron_edge.train import step
 from megatron_edge.train.batches import in_batches
 from megatron_edge.train.data import Batch, TrainingData, load_data
 from megatron_edge.train.divergence import Divergence
-from megatron_edge.verify.statistics import Difference, paired_means
 
 log = logging.getLogger("megatron_edge")
 
 LAYERS_FILE = "layer_divergence.json"
 CHOSEN_KEYS = ("name", "weight", "activation", "group_size", "algorithm")
-RECIPE_KEYS = (*CHOSEN_KEYS, "calibration", "percentile", "exclude")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One recipe for the whole model: bytes of the linear layers; KL on the search's text, summed over single units and
-    measured, and on held-out text; the loss on held-out text, in nats per token; the held-out KL of each window."""
-
-    name: str
-    size_bytes: int
-    bits_per_weight: float
-    predicted: float
-    measured: float
-    heldout: float
-    heldout_loss: float
-    recipe: QuantConfig
-    windows: tuple[float, ...] = ()
 
 
 def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
@@ -168,7 +150,7 @@ def search(config: RunConfig, launch: Launch) -> None:
         options = job.measure()
         found = job.compare(options)
     if launch.rank == 0:
-        _write(config, found, units, options, budget, job.heldout.tokens.tolist())
+        search_result.write(config, found, units, options, budget, job.heldout.tokens.tolist())
 
 
 class _Search:
@@ -251,7 +233,30 @@ class _Search:
             wanted["spread evenly"] = spread
         found = {name: self._measure_whole(name, picks) for name, picks in wanted.items() if self._is_asked(picks)}
         refined = self._refine(options, wanted, found) if self.config.search.rounds else None
-        return [*found.values(), *([refined] if refined else [])]
+        return [*found.values(), *self._with_plain_tables(options), *([refined] if refined else [])]
+
+    def _with_plain_tables(self, options: list[list[Option]]) -> list[Measured]:
+        """What the bytes give that a quantised embedding and output layer save: the largest format that fits in all
+        layers beside tables in bf16, whose further bytes count with the layers'."""
+        quant = self.config.quant
+        if {quant.embedding, quant.head} == {"bf16"}:
+            return []
+        plain = replace(quant, embedding="bf16", head="bf16")
+        extra = sum(
+            sign * memory.table_bytes(table)
+            for sign, of in ((1, plain), (-1, quant))
+            for table in tables_of(of, self.hf_config)
+        )
+        fitting = [
+            (size, name)
+            for index, name in enumerate(self.recipes)
+            if (size := sum(unit[index].size_bytes for unit in options) + extra) <= self.budget
+        ]
+        if not fitting:
+            return []
+        size, name = max(fitting)
+        picked = [next(one for one in unit if one.name == name) for unit in options]
+        return [replace(self._measure_whole(f"{name}, bf16 tables", picked, embedding="bf16"), size_bytes=size)]
 
     def _refine(
         self, options: list[list[Option]], wanted: dict[str, list[Option]], found: dict[str, Measured]
@@ -275,8 +280,11 @@ class _Search:
     def _is_asked(self, picked: list[Option]) -> bool:
         return any(self.recipes[one.name].weight != "none" for one in picked)
 
-    def _measure_whole(self, name: str, picked: list[Option]) -> Measured:
+    def _measure_whole(self, name: str, picked: list[Option], embedding: EmbeddingFormat | None = None) -> Measured:
+        """`embedding` is another format of embedding and output layer than quant's."""
         recipe = searching.as_recipe(name, self.units, [one.name for one in picked], self.recipes)
+        if embedding is not None:
+            recipe = replace(recipe, embedding=embedding, head=embedding)
         searching.quantize(self.model, recipe, self.hf_config, self.forward_loop)
         moved, windows = self.divergence(self.model), self.heldout.of_windows(self.model)
         heldout = float(windows.sum()) / int(self.heldout.tokens.sum())
@@ -292,90 +300,3 @@ class _Search:
 
 def _data_dir(config: RunConfig) -> Path:
     return Path(config.run_dir) / "data"
-
-
-def _write(
-    config: RunConfig,
-    found: list[Measured],
-    units: list[Unit],
-    options: list[list[Option]],
-    budget: int,
-    tokens: list[int],
-) -> None:
-    """The recipe of least measured divergence among those that fit, as a file, and all figures. `tokens` are those of
-    each held-out window."""
-    fitting = [one for one in found if one.size_bytes <= budget]
-    best = min(fitting, key=lambda one: one.measured)
-    if best is not found[0] and not best.name.startswith("refined"):
-        log.warning("the sum over single layers misled: %s diverges less than the choice, and is taken", best.name)
-    output = Path(config.search.output or Path(config.run_dir) / "recipe.yaml")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(recipe_text(best, found, units, options))
-    apart = {}
-    if sum(count > 0 for count in tokens) > 1:
-        apart = {one.name: paired_means(one.windows, best.windows, tokens) for one in found if one is not best}
-    record = {
-        "budget_bytes": budget,
-        "written": best.name,
-        "recipes": [
-            {key: value for key, value in asdict(one).items() if key not in ("recipe", "windows")} for one in found
-        ],
-        "heldout_more_than_written": {name: asdict(one) for name, one in apart.items()},
-        "units": {
-            unit.pattern: {one.name: [one.size_bytes, one.divergence] for one in unit_options}
-            for unit, unit_options in zip(units, options, strict=True)
-        },
-    }
-    (Path(config.run_dir) / "search.json").write_text(json.dumps(record, indent=1))
-    console().print(_table(found, budget, best, apart))
-    log.info("recipe: %s (figures: %s)", output, Path(config.run_dir) / "search.json")
-    log.info("next: python launch/qat.py quant.recipe=%s", output)
-
-
-def recipe_text(best: Measured, found: list[Measured], units: list[Unit], options: list[list[Option]]) -> str:
-    """YAML that quant.recipe= reads, with what was measured as comments."""
-    recipe, own = best.recipe, {unit.pattern: unit_options for unit, unit_options in zip(units, options, strict=True)}
-    lines = [
-        f"# {best.bits_per_weight:.3f} bits per weight: {best.size_bytes:,} bytes of linear layers, scales included.",
-        f"# KL from the plain model, nats/token: {best.measured:.5f} (single layers sum to {best.predicted:.5f}; "
-        f"held-out text {best.heldout:.5f}, loss {best.heldout_loss:.4f}).",
-        *(
-            f"#   beside it: {one.name}, {one.bits_per_weight:.3f} bits: {one.measured:.5f}, {one.heldout:.5f}, loss "
-            f"{one.heldout_loss:.4f}"
-            for one in found
-            if one is not best
-        ),
-        "# Later overrides win; edit them as you like. Use: python launch/qat.py quant.recipe=THIS_FILE",
-        yaml.safe_dump(
-            {
-                key: getattr(recipe, key)
-                for key in ("name", "weight", "activation", "group_size", "algorithm", "exclude")
-            },
-            sort_keys=False,
-        ).rstrip(),
-        "overrides:" if recipe.overrides else "overrides: []",
-    ]
-    for one in recipe.overrides:
-        comment = ", ".join(f"{option.name} {option.divergence:.1e}" for option in own.get(one.pattern, ()))
-        entry = yaml.safe_dump(asdict(one), default_flow_style=True, sort_keys=False, width=1000).strip()
-        lines.append(f"  - {entry}" + (f"  # KL alone: {comment}" if comment else ""))
-    return "\n".join(lines) + "\n"
-
-
-def _table(found: list[Measured], budget: int, best: Measured, apart: Mapping[str, Difference]) -> Any:
-    from rich.table import Table
-
-    shown = Table("recipe", "bits/weight", "bytes", "KL, sum", "KL", "KL, held-out", "more than written", "loss", "")
-    shown.title = (
-        f"linear layers in {budget:,} bytes; KL from the plain model (of layers alone, summed; measured; on held-out "
-        "text, with the 95% interval of what it has more than the recipe that is written) and held-out loss, nats/token"
-    )
-    for one in found:
-        note = "written" if one is best else "" if one.size_bytes <= budget else "too large"
-        more = apart.get(one.name)
-        interval = "" if more is None else f"{more.low:+.5f} to {more.high:+.5f}"
-        numbers = (f"{one.predicted:.5f}", f"{one.measured:.5f}", f"{one.heldout:.5f}", interval)
-        shown.add_row(
-            one.name, f"{one.bits_per_weight:.3f}", f"{one.size_bytes:,}", *numbers, f"{one.heldout_loss:.4f}", note
-        )
-    return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_edge import compose, memory
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import search as job
+from megatron_edge.jobs import search_result
 from megatron_edge.quantize import search
 from megatron_edge.quantize.search import Option
 from megatron_edge.train import step
@@ -96,12 +98,19 @@ def test_a_kind_that_is_alike_is_one_override_and_the_file_is_an_ordinary_recipe
             for n in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
         ),
     }
-    measured = job.Measured("mixed", 10, 5.0, 0.1, 0.2, 0.3, 3.0, recipe)
+    measured = search_result.Measured("mixed", 10, 5.0, 0.1, 0.2, 0.3, 3.0, recipe)
     options = [[Option("int4", 1, 0.5), Option("fp8", 2, 0.25)] for _ in units]
-    (tmp_path / "mixed.yaml").write_text(job.recipe_text(measured, [measured], units, options))
+    (tmp_path / "mixed.yaml").write_text(search_result.recipe_text(measured, [measured], units, options))
     read = compose.compose([f"quant.recipe={tmp_path / 'mixed.yaml'}"])
     assert formats_of(read) == formats_of(read.__class__(**{**vars(read), "quant": recipe}))
     assert "KL alone: int4 5.0e-01, fp8 2.5e-01" in (tmp_path / "mixed.yaml").read_text()
+    assert read.quant.embedding == "bf16" and read.quant.calibration == "max"
+    also = replace(recipe, embedding="int8", head="int8", calibration="mse")
+    (tmp_path / "also.yaml").write_text(
+        search_result.recipe_text(replace(measured, recipe=also), [measured], units, options)
+    )
+    read = compose.compose([f"quant.recipe={tmp_path / 'also.yaml'}"])
+    assert (read.quant.embedding, read.quant.head, read.quant.calibration) == ("int8", "int8", "mse")
 
 
 @pytest.mark.parametrize(("name", "group"), [("int4", 32), ("fp8", 0), ("nvfp4", 16)])
