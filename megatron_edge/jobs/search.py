@@ -178,13 +178,12 @@ class _Search:
 
         calibration = batches(data.train.calibration(config.quant.calib_size))
         measured = batches(data.train.calibration(config.search.windows))
-        heldout = batches(data.heldout.evaluation(config.search.windows * config.train.seq_length_tokens))
         self.evaluated = batches(data.heldout.evaluation(config.data.eval_tokens))
         self.forward_loop = lambda _: step.run_forward(model, calibration, session)
         mark("the plain model's predictions")
         self.plain_loss = step.evaluate(model, self.evaluated, session)
         log.info("held-out loss, the model as it came: %.4f nats/token", self.plain_loss)
-        self.divergence, self.heldout = (Divergence(model, text, session) for text in (measured, heldout))
+        self.divergence, self.heldout = (Divergence(model, text, session) for text in (measured, self.evaluated))
         mark("calibrating")
         self.candidates = searching.candidates_of(model, units, recipes, hf_config, self.forward_loop)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -122,6 +123,7 @@ def measure(
     the same result."""
     found = {name: [at] * len(units) for name in names}
     model, runs = candidates.model, PartialRuns(candidates.model)
+    count, began = 0, time.monotonic()
     with candidates.placed(base), apply.constant_weights(model):
         for index, unit in enumerate(track(units, f"measuring {', '.join(names)}", len(units), rank)):
             runs.move_to(unit.layer, lambda: divergence(model))
@@ -129,6 +131,8 @@ def measure(
                 if not candidates.is_same(name, base[index]):
                     with candidates.swapped(index, name), runs.begun():
                         found[name][index] = divergence(model)
+                    count += 1
+    log.info("%d runs from a layer on in %.1f s", count, time.monotonic() - began)
     return found
 
 

@@ -34,8 +34,7 @@ class Divergence:
         def keep(logits: Tensor) -> Tensor:
             norms = [_log_sum_exp(part.double()) for part in logits.split(_rows(logits))]
             stays = logits.is_cuda and torch.cuda.mem_get_info(logits.device)[0] > ROOM * logits.nbytes
-            kept = logits.detach().clone() if stays else logits.detach().cpu()
-            self._plain.append((kept, torch.cat(norms) if norms else logits.new_zeros(0, dtype=torch.float64)))
+            self._plain.append((logits if stays else logits.cpu(), torch.cat(norms)))
             return logits.new_zeros(len(logits), dtype=torch.float64)
 
         sums_of_logits(model, batches, session, keep)
