@@ -71,15 +71,17 @@ def check_config(config: RunConfig) -> None:
 def _check_distillation(config: RunConfig) -> None:
     """A leaf of the distillation that nothing reads is refused, and a student that is its own teacher."""
     train = config.train
-    unused = {"teacher": None, "distill_temperature": 1.0} | {
-        f"distill_{one}_weight": 0.0 for one in ("label", "hidden", "layers")
-    }
+    unused = {"teacher": None, "teacher_hf_config": None, "distill_temperature": 1.0}
+    unused |= {f"distill_{one}_weight": 0.0 for one in ("label", "hidden", "layers")}
     for name, default in unused.items():
         if train.mode != "qad" and getattr(train, name) != default:
             words = (
                 f"{'null' if default is None else default} with train.mode={train.mode}; only train=qad has a teacher"
             )
             raise expected(f"train.{name}", getattr(train, name), words)
+    if train.teacher is None and train.teacher_hf_config is not None:
+        words = "null with train.teacher=null: the student's own source is described by model.hf_config"
+        raise expected("train.teacher_hf_config", train.teacher_hf_config, words)
     quant = config.quant
     quantised = weights_of(quant) or {quant.embedding, quant.head} != {"bf16"} or config.kv.format != "none"
     if train.mode == "qad" and train.teacher is None and not quantised:

@@ -43,7 +43,7 @@ NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "runtimes", "budget", "sweep", "log", "cluster", "model.name", "model.backend", "quant.name", "quant.recipe",
     "kv.name", "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps",
-    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph", "train.fp8_gemm",
+    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph", "train.fp8_gemm", "train.teacher_hf_config",
 )  # fmt: skip
 
 
@@ -158,6 +158,7 @@ class TrainConfig:
     lora_rank: int | None = leaf("lora_qat: columns of B and rows of A in W0 + alpha / rank * B @ A", low=1)
     lora_alpha: float | None = leaf("lora_qat: alpha of the same", low=0.0)
     teacher: str | None = leaf("qad: as model.source; null is the student's own source, unquantised")
+    teacher_hf_config: str | None = leaf("qad: as model.hf_config, of a teacher that is a Megatron checkpoint")
     distill_temperature: float = leaf("qad: both distributions are softened by it", low=0.01, high=100.0)
     distill_label_weight: float = leaf("qad: share of the labels' loss beside the KL", low=0.0, high=1.0)
     distill_hidden_weight: float = leaf("qad: weight of the last hidden states' relative squared distance", low=0.0)
@@ -204,6 +205,7 @@ class SearchConfig:
     target_bits: float | None = leaf("bits per weight of the linear layers, scales included", low=1.0, high=32.0)
     target_bytes: int | None = leaf("bytes of the whole artifact; give this or target_bits", low=1)
     windows: int = leaf("calibration sequences on which the divergence from the plain model is measured", low=1)
+    rounds: int = leaf("how often layers are measured again in the mix found so far, and chosen anew", low=0)
     output: str | None = leaf("the recipe file; null is recipe.yaml in run_dir")
 
 

@@ -10,6 +10,10 @@ import errno
 from dataclasses import dataclass, field
 from typing import Any
 
+# Windows of text number their segments from 0. A segment may go on in several ways, which see what came before them and
+# themselves, but not each other: number d + k * BRANCH is the k-th such way (from 1) of segment d.
+BRANCH = 2**20
+
 
 class InputError(ValueError):
     """The user's input is at fault: launchers print the message alone and exit with code 2.

@@ -64,8 +64,9 @@ class Examination:
         )
 
     def _answer(self, task: Task, packed: PackedChoices, losses_of: LossesOf) -> Answers:
-        log.info("%s: %d questions in %d windows of %d", task.name, len(task.questions), *packed.windows.tokens.shape)
-        return answers_of(task, log_likelihoods(packed, losses_of(packed.windows)))
+        shapes = ", ".join(f"{len(windows)} of {windows.tokens.shape[1]}" for windows in packed.windows)
+        log.info("%s: %d questions in windows: %s", task.name, len(task.questions), shapes)
+        return answers_of(task, log_likelihoods(packed, losses_of))
 
 
 def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:

@@ -9,20 +9,19 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 from megatron_edge import checks, devices, memory
-from megatron_edge.config import QuantConfig, RunConfig, targets_able
+from megatron_edge.artifact.tables import tables_of
+from megatron_edge.config import EmbeddingFormat, QuantConfig, RunConfig, targets_able
 from megatron_edge.contracts import InputError, ParallelPlan
+from megatron_edge.jobs import search_result
 from megatron_edge.jobs.preflight import check_backend
+from megatron_edge.jobs.search_result import Measured
 from megatron_edge.jobs.training import DTYPES, job_session
 from megatron_edge.leaves import expected, refuse_unknown
-from megatron_edge.log import console
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import open_model
 from megatron_edge.quantize import search as searching
@@ -32,31 +31,14 @@ from megatron_edge.runtime.launcher import Launch
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import step
+from megatron_edge.train.batches import in_batches
 from megatron_edge.train.data import Batch, TrainingData, load_data
 from megatron_edge.train.divergence import Divergence
 
 log = logging.getLogger("megatron_edge")
 
-MICRO_BATCH = 4
-CUDA_TOKENS = 8192  # of a micro-batch there: one of 4 short windows takes as long, by launching its kernels
 LAYERS_FILE = "layer_divergence.json"
 CHOSEN_KEYS = ("name", "weight", "activation", "group_size", "algorithm")
-RECIPE_KEYS = (*CHOSEN_KEYS, "calibration", "percentile", "exclude")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One recipe for the whole model: bytes of the linear layers; KL on the search's text, summed over single units and
-    measured, and on held-out text; the loss on held-out text, in nats per token."""
-
-    name: str
-    size_bytes: int
-    bits_per_weight: float
-    predicted: float
-    measured: float
-    heldout: float
-    heldout_loss: float
-    recipe: QuantConfig
 
 
 def recipes_of(config: RunConfig) -> dict[str, QuantConfig]:
@@ -168,7 +150,7 @@ def search(config: RunConfig, launch: Launch) -> None:
         options = job.measure()
         found = job.compare(options)
     if launch.rank == 0:
-        _write(config, found, units, options, budget)
+        search_result.write(config, found, units, options, budget, job.heldout.tokens.tolist())
 
 
 class _Search:
@@ -190,32 +172,32 @@ class _Search:
         self.units, self.recipes, self.budget = units, recipes, budget
         self.measured_on = {"model": fingerprint, "data": data.fingerprint, "windows": config.search.windows}
         self.measured_on |= {"seed": config.train.seed, "precision": config.train.precision}
-        calibration = _batches(data.train.calibration(config.quant.calib_size))
-        measured = _batches(data.train.calibration(config.search.windows))
-        heldout = _batches(data.heldout.evaluation(config.search.windows * config.train.seq_length_tokens))
-        self.evaluated = _batches(data.heldout.evaluation(config.data.eval_tokens))
+
+        def batches(windows: Batch) -> list[Batch]:
+            return in_batches(windows, hf_config["vocab_size"], session)
+
+        calibration = batches(data.train.calibration(config.quant.calib_size))
+        measured = batches(data.train.calibration(config.search.windows))
+        self.evaluated = batches(data.heldout.evaluation(config.data.eval_tokens))
         self.forward_loop = lambda _: step.run_forward(model, calibration, session)
         mark("the plain model's predictions")
         self.plain_loss = step.evaluate(model, self.evaluated, session)
         log.info("held-out loss, the model as it came: %.4f nats/token", self.plain_loss)
-        self.divergence, self.heldout = (Divergence(model, text, session) for text in (measured, heldout))
+        self.divergence, self.heldout = (Divergence(model, text, session) for text in (measured, self.evaluated))
+        mark("calibrating")
+        self.candidates = searching.candidates_of(model, units, recipes, hf_config, self.forward_loop)
 
     def measure(self) -> list[list[Option]]:
         """What run_dir holds already of the same measurement is not made again: another target costs seconds."""
         mark("measuring layers")
         known = self.session.on_rank_0(self._read_layers)
-        for name, recipe in self.recipes.items():
-            if name not in known:
-                known[name] = searching.measure(
-                    self.model,
-                    self.units,
-                    recipe,
-                    self.hf_config,
-                    self.forward_loop,
-                    self.divergence,
-                    self.session.rank,
-                )
-                self.session.on_rank_0(lambda: self._write_layers(known))
+        missing = [name for name in self.recipes if name not in known]
+        if missing:
+            plain = [None] * len(self.units)
+            known |= searching.measure(
+                self.candidates, self.units, plain, missing, self.divergence, 0.0, self.session.rank
+            )
+            self.session.on_rank_0(lambda: self._write_layers(known))
         return searching.options_of(self.units, self.recipes, self.hf_config, known)
 
     def _write_layers(self, known: dict[str, list[float]]) -> None:
@@ -238,7 +220,8 @@ class _Search:
         }
 
     def compare(self, options: list[list[Option]]) -> list[Measured]:
-        """The choice first, then what the same bytes give without a search: whole recipes, all measured."""
+        """The choice first, then what the same bytes give without a search, and the best that fits refined: whole
+        recipes, all measured."""
         mark("measuring whole recipes")
         chosen = searching.choose(options, self.budget)
         assert chosen is not None, "prepare has seen that something fits"
@@ -247,18 +230,68 @@ class _Search:
             wanted[name] = [unit[index] for unit in options]
         if (spread := searching.spread_evenly(self.units, options, self.budget)) is not None:
             wanted["spread evenly"] = spread
-        return [self._measure_whole(name, picked) for name, picked in wanted.items() if self._is_asked(picked)]
+        found = {name: self._measure_whole(name, picks) for name, picks in wanted.items() if self._is_asked(picks)}
+        refined = self._refine(options, wanted, found) if self.config.search.rounds else None
+        return [*found.values(), *self._with_plain_tables(options), *([refined] if refined else [])]
+
+    def _with_plain_tables(self, options: list[list[Option]]) -> list[Measured]:
+        """What the bytes give that a quantised embedding and output layer save: the largest format that fits in all
+        layers beside tables in bf16, whose further bytes count with the layers'."""
+        quant = self.config.quant
+        if {quant.embedding, quant.head} == {"bf16"}:
+            return []
+        plain = replace(quant, embedding="bf16", head="bf16")
+        extra = sum(
+            sign * memory.table_bytes(table)
+            for sign, of in ((1, plain), (-1, quant))
+            for table in tables_of(of, self.hf_config)
+        )
+        fitting = [
+            (size, name)
+            for index, name in enumerate(self.recipes)
+            if (size := sum(unit[index].size_bytes for unit in options) + extra) <= self.budget
+        ]
+        if not fitting:
+            return []
+        size, name = max(fitting)
+        picked = [next(one for one in unit if one.name == name) for unit in options]
+        return [replace(self._measure_whole(f"{name}, bf16 tables", picked, embedding="bf16"), size_bytes=size)]
+
+    def _refine(
+        self, options: list[list[Option]], wanted: dict[str, list[Option]], found: dict[str, Measured]
+    ) -> Measured | None:
+        """None where nothing better was found."""
+        mark("measuring layers in the mix")
+        fitting = [one for one in found.values() if one.size_bytes <= self.budget]
+        start = wanted[min(fitting, key=lambda one: one.measured).name]
+        picked, _ = searching.refine(
+            self.candidates,
+            self.units,
+            options,
+            start,
+            self.budget,
+            self.divergence,
+            self.config.search.rounds,
+            self.session.rank,
+        )
+        return None if picked == start else self._measure_whole(f"refined_{self._bits(picked):.2f}", picked)
 
     def _is_asked(self, picked: list[Option]) -> bool:
         return any(self.recipes[one.name].weight != "none" for one in picked)
 
-    def _measure_whole(self, name: str, picked: list[Option]) -> Measured:
+    def _measure_whole(self, name: str, picked: list[Option], embedding: EmbeddingFormat | None = None) -> Measured:
+        """`embedding` is another format of embedding and output layer than quant's."""
         recipe = searching.as_recipe(name, self.units, [one.name for one in picked], self.recipes)
+        if embedding is not None:
+            recipe = replace(recipe, embedding=embedding, head=embedding)
         searching.quantize(self.model, recipe, self.hf_config, self.forward_loop)
-        moved, heldout = self.divergence(self.model), self.heldout(self.model)
+        moved, windows = self.divergence(self.model), self.heldout.of_windows(self.model)
+        heldout = float(windows.sum()) / int(self.heldout.tokens.sum())
         loss = step.evaluate(self.model, self.evaluated, self.session)
         size, predicted = sum(one.size_bytes for one in picked), sum(one.divergence for one in picked)
-        return Measured(name, size, self._bits(picked), predicted, moved, heldout, loss, recipe)
+        return Measured(
+            name, size, self._bits(picked), predicted, moved, heldout, loss, recipe, tuple(windows.tolist())
+        )
 
     def _bits(self, picked: list[Option]) -> float:
         return 8 * sum(one.size_bytes for one in picked) / sum(unit.num_weights for unit in self.units)
@@ -266,78 +299,3 @@ class _Search:
 
 def _data_dir(config: RunConfig) -> Path:
     return Path(config.run_dir) / "data"
-
-
-def _batches(windows: Batch) -> list[Batch]:
-    num, length = windows.tokens.shape
-    most = max(MICRO_BATCH, CUDA_TOKENS // length) if torch.cuda.is_available() else MICRO_BATCH
-    return windows.split(max(size for size in range(1, most + 1) if num % size == 0))
-
-
-def _write(
-    config: RunConfig, found: list[Measured], units: list[Unit], options: list[list[Option]], budget: int
-) -> None:
-    """The recipe of least measured divergence among those that fit, as a file, and all figures."""
-    fitting = [one for one in found if one.size_bytes <= budget]
-    best = min(fitting, key=lambda one: one.measured)
-    if best is not found[0]:
-        log.warning("the sum over single layers misled: %s diverges less than the choice, and is taken", best.name)
-    output = Path(config.search.output or Path(config.run_dir) / "recipe.yaml")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(recipe_text(best, found, units, options))
-    record = {
-        "budget_bytes": budget,
-        "recipes": [{key: value for key, value in asdict(one).items() if key != "recipe"} for one in found],
-        "units": {
-            unit.pattern: {one.name: [one.size_bytes, one.divergence] for one in unit_options}
-            for unit, unit_options in zip(units, options, strict=True)
-        },
-    }
-    (Path(config.run_dir) / "search.json").write_text(json.dumps(record, indent=1))
-    console().print(_table(found, budget, best))
-    log.info("recipe: %s (figures: %s)", output, Path(config.run_dir) / "search.json")
-    log.info("next: python launch/qat.py quant.recipe=%s", output)
-
-
-def recipe_text(best: Measured, found: list[Measured], units: list[Unit], options: list[list[Option]]) -> str:
-    """YAML that quant.recipe= reads, with what was measured as comments."""
-    recipe, own = best.recipe, {unit.pattern: unit_options for unit, unit_options in zip(units, options, strict=True)}
-    lines = [
-        f"# {best.bits_per_weight:.3f} bits per weight: {best.size_bytes:,} bytes of linear layers, scales included.",
-        f"# KL from the plain model, nats/token: {best.measured:.5f} (single layers sum to {best.predicted:.5f}; "
-        f"held-out text {best.heldout:.5f}, loss {best.heldout_loss:.4f}).",
-        *(
-            f"#   beside it: {one.name}, {one.bits_per_weight:.3f} bits: {one.measured:.5f}, {one.heldout:.5f}, loss "
-            f"{one.heldout_loss:.4f}"
-            for one in found
-            if one is not best
-        ),
-        "# Later overrides win; edit them as you like. Use: python launch/qat.py quant.recipe=THIS_FILE",
-        yaml.safe_dump(
-            {
-                key: getattr(recipe, key)
-                for key in ("name", "weight", "activation", "group_size", "algorithm", "exclude")
-            },
-            sort_keys=False,
-        ).rstrip(),
-        "overrides:" if recipe.overrides else "overrides: []",
-    ]
-    for one in recipe.overrides:
-        comment = ", ".join(f"{option.name} {option.divergence:.1e}" for option in own.get(one.pattern, ()))
-        entry = yaml.safe_dump(asdict(one), default_flow_style=True, sort_keys=False, width=1000).strip()
-        lines.append(f"  - {entry}" + (f"  # KL alone: {comment}" if comment else ""))
-    return "\n".join(lines) + "\n"
-
-
-def _table(found: list[Measured], budget: int, best: Measured) -> Any:
-    from rich.table import Table
-
-    shown = Table(
-        "recipe", "bits/weight", "bytes", "KL, predicted", "KL, measured", "KL, held-out", "loss, held-out", ""
-    )
-    shown.title = f"linear layers in {budget:,} bytes; KL from the plain model, and loss, in nats/token"
-    for one in found:
-        note = "written" if one is best else "" if one.size_bytes <= budget else "too large"
-        numbers = (f"{one.predicted:.5f}", f"{one.measured:.5f}", f"{one.heldout:.5f}", f"{one.heldout_loss:.4f}")
-        shown.add_row(one.name, f"{one.bits_per_weight:.3f}", f"{one.size_bytes:,}", *numbers, note)
-    return shown

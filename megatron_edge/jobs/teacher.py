@@ -12,15 +12,22 @@ from megatron_edge.model.source import ModelSource, open_source, resolve_source
 
 
 def teacher_source(config: RunConfig, student: ModelSource) -> ModelSource | None:
-    """The model of train.teacher, the student's own where that is null; None but under train=qad."""
+    """The model of train.teacher, the student's own where that is null; None but under train=qad.
+
+    Raises:
+        InputError: no model, or a Megatron checkpoint that train.teacher_hf_config does not describe.
+    """
     if config.train.mode != "qad":
         return None
     if config.train.teacher is None:
         return student
+    described_by = config.train.teacher_hf_config
     try:
-        return open_source(resolve_source(config.train.teacher, None))
+        home = None if described_by is None else resolve_source(described_by, None)
+        return open_source(resolve_source(config.train.teacher, None), home)
     except InputError as error:
-        raise InputError(f"train.teacher={config.train.teacher}: {error}") from error
+        words = str(error).replace("model.hf_config", "train.teacher_hf_config")
+        raise InputError(f"train.teacher={config.train.teacher}: {words}") from error
 
 
 def check_teacher(config: RunConfig, student: ModelSource, teacher: ModelSource, layout: ParallelPlan) -> None:

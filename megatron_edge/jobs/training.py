@@ -33,6 +33,7 @@ from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.tracking import tracked
 from megatron_edge.train import graph, reference, step
+from megatron_edge.train.batches import WINDOWS, even_batches, in_batches
 from megatron_edge.train.data import Batch, BatchPlan, TrainingData, load_data
 from megatron_edge.train.distill import Distillation
 from megatron_edge.train.loop import fit
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("megatron_edge")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-EVALUATION_MICRO_BATCH = 4
 
 
 @dataclass
@@ -120,8 +120,9 @@ def evaluate(config: RunConfig, launch: Launch) -> None:
         reference.round_unquantised(model)  # as the artifact stores it
         mark("evaluating")
         context, multiple = source.hf_config["max_position_embeddings"], _window_multiple(session)
+        vocab_size = source.hf_config["vocab_size"]
         examination = evaluation.Examination(config, source.tokenizer(), run.data, context, multiple)
-        answers = examination.take(lambda windows: _window_losses(model, windows, session))
+        answers = examination.take(lambda windows: _window_losses(model, windows, vocab_size, session))
     if launch.rank == 0:
         del model
         evaluation.report(config, examination, answers, str(found.path), source.tokenizer(), run.dtype)
@@ -133,16 +134,17 @@ def _window_multiple(session: Session) -> int:
     return 2 * plan.cp * plan.tp if plan.cp > 1 else plan.tp
 
 
-def _window_losses(model: nn.Module, windows: evaluation.Windows, session: Session) -> torch.Tensor:
+def _window_losses(model: nn.Module, windows: evaluation.Windows, vocab_size: int, session: Session) -> torch.Tensor:
     """fp32 nats [n, s] of each next token, on every rank; data-parallel ranks share the windows. All ranks call it."""
     labels = windows.tokens.roll(-1, dims=1).masked_fill(~windows.loss_mask, 0)
     whole = Batch(windows.tokens, windows.documents, windows.positions, windows.loss_mask, labels)
-    batches = _even_batches(whole, EVALUATION_MICRO_BATCH)
+    batches = in_batches(whole, vocab_size, session)
+    size = len(batches[0].tokens)
     filled = batches + batches[:1] * (-len(batches) % session.plan.dp)  # all ranks run as often, for their experts
     mine = step.token_losses(model, filled[session.dp_rank :: session.plan.dp], session)
     speaks = session.is_last_stage and session.tp_rank == 0 and session.cp_rank == 0
     said = session.gather((session.dp_rank, mine) if speaks else None)
-    parts = {found[0]: found[1].split(EVALUATION_MICRO_BATCH) for found in said if found is not None}
+    parts = {found[0]: found[1].split(size) for found in said if found is not None}
     ordered = [parts[at % session.plan.dp][at // session.plan.dp] for at in range(len(filled))]
     return torch.cat(ordered)[: len(windows)]
 
@@ -168,7 +170,8 @@ def _prepare_run(config: RunConfig, session: Session, source: ModelSource, plan:
         Path(config.run_dir) / "data",
         session.on_rank_0,
     )
-    heldout = _even_batches(data.heldout.evaluation(config.data.eval_tokens), EVALUATION_MICRO_BATCH)
+    windows = data.heldout.evaluation(config.data.eval_tokens)
+    heldout = in_batches(windows, source.hf_config["vocab_size"], session)
     return _Run(config, session, source, plan, data, heldout)
 
 
@@ -177,16 +180,6 @@ def _build(run: _Run, source: ModelSource) -> nn.ModuleList:
     return build_model(
         source.hf_config, plan, run.dtype, device, config.parallel.recompute, backend=config.model.backend
     )
-
-
-def _even_batches(windows: Batch, size: int) -> list[Batch]:
-    """Batches of `size` windows; the last is filled with repeated windows that do not count."""
-    missing = -windows.tokens.shape[0] % size
-    if missing:
-        fill = Batch(*(part[:1].repeat(missing, 1) for part in windows))
-        fill = fill._replace(loss_mask=torch.zeros_like(fill.loss_mask))
-        windows = Batch(*(torch.cat(parts) for parts in zip(windows, fill, strict=True)))
-    return windows.split(size)
 
 
 def _checkpoint_to_resume(run: _Run) -> checkpoints.CheckpointInfo | None:
@@ -256,7 +249,7 @@ def _calibrate(run: _Run, model: nn.Module) -> QuantReport:
     on_data = any(rule.activation != "none" for rule in plan.rules)
     if plan.algorithm != "max" or on_data or plan.kv in STATIC_KV_FORMATS:
         windows = run.data.train.calibration(config.quant.calib_size)
-        calibration = _even_batches(windows, EVALUATION_MICRO_BATCH)
+        calibration = even_batches(windows, WINDOWS)  # AWQ's choice of tokens is of these on any device
 
     def forward_loop(_: nn.Module) -> None:
         step.run_forward(model, calibration, session)

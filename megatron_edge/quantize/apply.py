@@ -82,8 +82,10 @@ def _quantised(x: Tensor, quantizer: Any) -> Tensor:
 
 @contextlib.contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, weights do not change: each is quantised once, at its first use, and kept until the end."""
-    quantizers = [q for name, q in _quantizers(model) if name.endswith("weight_quantizer")]
+    """Inside, weights do not change: each is quantised once, at its first use, and kept until the end (of the outer
+    one, where two are nested)."""
+    named = ((name, q) for name, q in _quantizers(model) if name.endswith("weight_quantizer"))
+    quantizers = [q for _, q in named if not q.__dict__.get("_keep")]
     for quantizer in quantizers:
         quantizer._keep = True
     try:
@@ -304,19 +306,6 @@ def _quantizers(model: nn.Module) -> list[tuple[str, Any]]:
 def enabled_quantizers(model: nn.Module) -> dict[str, Any]:
     """Enabled quantizers of this shard by their name in the whole model (…linear_fc1.weight_quantizer)."""
     return {name: quantizer for name, quantizer in _quantizers(model) if quantizer.is_enabled}
-
-
-@contextlib.contextmanager
-def only_quantized(model: nn.Module, pattern: str) -> Iterator[None]:
-    """Inside, the quantizers of the modules that `pattern` (fnmatch, names in the whole model) matches are alone."""
-    others = [q for name, q in enabled_quantizers(model).items() if not fnmatch(name.rsplit(".", 1)[0], pattern)]
-    for quantizer in others:
-        quantizer.disable()
-    try:
-        yield
-    finally:
-        for quantizer in others:
-            quantizer.enable()
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
 """Mixed precision: how much each layer loses in each format, and the formats that lose least within a size.
 
-`measure` quantises one unit at a time (a Megatron linear layer, or that of all experts of a layer) and asks how far the
-model's predictions moved; `choose` takes a format for each unit so that the sum of those is least; `as_recipe` makes
-an ordinary recipe of it. That sums of single units predict the whole is an assumption: the job measures the whole too.
+`measure` gives one unit at a time (a Megatron linear layer, or that of all experts of a layer) another format and asks
+how far the model's predictions moved; `choose` takes a format for each unit so that the sum of those is least;
+`as_recipe` makes an ordinary recipe of it. That sums of single units predict the whole is an assumption, and errors of
+layers do add up to more, or less, than their sum: the job measures the whole too, and `refine` measures units again
+from the mix itself.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +25,14 @@ from megatron_edge.config import KvConfig, OverrideConfig, QuantConfig
 from megatron_edge.families import all_rules, dims_of, hf_shape, rules_of
 from megatron_edge.log import track
 from megatron_edge.quantize import apply, policy
+from megatron_edge.quantize.candidates import Candidates, PartialRuns
 from megatron_edge.recipe import quant_rules, rule_of
+
+log = logging.getLogger("megatron_edge")
 
 PLAIN_KV = KvConfig(name="none", format="none")
 Recipes = Mapping[str, QuantConfig]  # formats that a unit may have, by the name of their preset
+PRICE_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
@@ -89,25 +97,102 @@ def quantize(
     apply.calibrate(model, plan, apply.insert_quantizers(model, plan), forward_loop)
 
 
-def measure(
+def candidates_of(
     model: nn.Module,
     units: Sequence[Unit],
-    recipe: QuantConfig,
+    recipes: Recipes,
     hf_config: Mapping[str, Any],
     forward_loop: Callable[[nn.Module], None],
+) -> Candidates:
+    """Every unit's quantizers in every recipe, calibrated by `forward_loop`. All ranks call it."""
+    patterns = [unit.pattern for unit in units]
+    return Candidates(model, patterns, recipes, lambda one: quantize(model, one, hf_config, forward_loop))
+
+
+def measure(
+    candidates: Candidates,
+    units: Sequence[Unit],
+    base: Sequence[str | None],
+    names: Sequence[str],
     divergence: Callable[[nn.Module], float],
+    at: float,
     rank: int,
-) -> list[float]:
-    """`divergence` of the model from the plain one with each unit alone quantised as `recipe` says; `forward_loop`
-    calibrates. All ranks call it and have the same result."""
-    if recipe.weight == "none":
-        return [0.0] * len(units)
-    quantize(model, recipe, hf_config, forward_loop)
-    found = []
-    for unit in track(units, f"measuring {recipe.name}", len(units), rank):
-        with apply.only_quantized(model, unit.pattern):
-            found.append(divergence(model))
+) -> dict[str, list[float]]:
+    """`divergence` from the plain model, by recipe of `names`, of the model with each unit alone in it and all others
+    as `base` says, whose own divergence is `at`. Layers before a unit's are not run again. All ranks call it and have
+    the same result."""
+    found = {name: [at] * len(units) for name in names}
+    model, runs = candidates.model, PartialRuns(candidates.model)
+    count, began = 0, time.monotonic()
+    with candidates.placed(base), apply.constant_weights(model):
+        for index, unit in enumerate(track(units, f"measuring {', '.join(names)}", len(units), rank)):
+            runs.move_to(unit.layer, lambda: divergence(model))
+            for name in names:
+                if not candidates.is_same(name, base[index]):
+                    with candidates.swapped(index, name), runs.begun():
+                        found[name][index] = divergence(model)
+                    count += 1
+    log.info("%d runs from a layer on in %.1f s", count, time.monotonic() - began)
     return found
+
+
+def refine(
+    candidates: Candidates,
+    units: Sequence[Unit],
+    options: Sequence[Sequence[Option]],
+    picked: Sequence[Option],
+    budget_bytes: int,
+    divergence: Callable[[nn.Module], float],
+    rounds: int,
+    rank: int,
+) -> tuple[list[Option], float]:
+    """A choice whose whole diverges less than that of `picked`, and its divergence; `picked` where none was found.
+
+    Each round measures every unit in every other format while all others are as in the mix so far, chooses anew by
+    what that changed, and measures the choice. As changes are only right one at a time, choices with fewer of them are
+    tried too: each change is given a price, from none to more than most are worth. All ranks call it and have the same
+    result."""
+
+    def whole(mix: Sequence[Option]) -> float:
+        with candidates.placed([one.name for one in mix]):
+            return divergence(candidates.model)
+
+    best, least = list(picked), whole(picked)
+    names = [one.name for one in options[0]]
+    for round_ in range(1, rounds + 1):
+        moved = measure(candidates, units, [one.name for one in best], names, divergence, least, rank)
+        changes = [
+            [replace(one, divergence=moved[one.name][index] - least) for one in unit_options]
+            for index, unit_options in enumerate(options)
+        ]
+        tried, before = [names_of(best)], least
+        start = list(best)
+        for price in _prices(changes):
+            priced = [
+                [one if one.name == old.name else replace(one, divergence=one.divergence + price) for one in unit]
+                for unit, old in zip(changes, start, strict=True)
+            ]
+            chosen = choose(priced, budget_bytes)
+            if chosen is None or names_of(chosen) in tried:
+                continue
+            tried.append(names_of(chosen))
+            mix = [next(one for one in unit if one.name == new.name) for unit, new in zip(options, chosen, strict=True)]
+            if (found := whole(mix)) < least:
+                best, least = mix, found
+        log.info("round %d: divergence %.5f, after %.5f, of %d mixes tried", round_, least, before, len(tried) - 1)
+        if least == before:
+            break
+    return best, least
+
+
+def names_of(picked: Sequence[Option]) -> list[str]:
+    return [one.name for one in picked]
+
+
+def _prices(changes: Sequence[Sequence[Option]]) -> list[float]:
+    """Of a change: none, and quantiles of what single changes move."""
+    sizes = sorted(abs(one.divergence) for unit in changes for one in unit if one.divergence)
+    return [0.0, *(sizes[int(part * (len(sizes) - 1))] for part in PRICE_QUANTILES if sizes)]
 
 
 def options_of(
@@ -130,7 +215,7 @@ def choose(options: Sequence[Sequence[Option]], budget_bytes: int) -> list[Optio
     price, best = _relaxed(options, budget_bytes)
     if best is None:
         return None
-    limit = _total(best) + 1e-9 * (_total(best) + price * budget_bytes)  # sums of floats
+    limit = _total(best) + 1e-9 * (abs(_total(best)) + price * budget_bytes)  # sums of floats
     after = [0.0]  # least of divergence + price x bytes over the units to come
     least = [0]
     for unit in reversed(options):

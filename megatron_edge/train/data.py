@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from megatron_edge.contracts import InputError
+from megatron_edge.contracts import BRANCH, InputError
 from megatron_edge.train.text import Corpus, TokenisedDocument, content_hash, find_corpus, read_documents, tokenise
 
 if TYPE_CHECKING:
@@ -65,9 +65,11 @@ class Windows(NamedTuple):
 
 
 def attention_mask(documents: torch.Tensor) -> torch.Tensor:
-    """documents [b, s] -> bool [b, 1, s, s], True where query i must NOT see key j (Megatron's convention)."""
+    """documents [b, s] -> bool [b, 1, s, s], True where query i must NOT see key j (Megatron's convention); branches of
+    a segment (contracts.BRANCH) see its trunk."""
     size = documents.shape[-1]
-    other = documents[:, :, None] != documents[:, None, :]
+    query, key = documents[:, :, None], documents[:, None, :]
+    other = (query != key) & (query % BRANCH != key)
     later = torch.ones(size, size, dtype=torch.bool, device=documents.device).triu(diagonal=1)
     return (other | later).unsqueeze(1)
 

@@ -286,22 +286,26 @@ def evaluate(model: nn.Module, batches: list[Batch], session: Session) -> float:
 
 
 @torch.no_grad()
-def mean_of_logits(
+def sums_of_logits(
     model: nn.Module, batches: list[Batch], session: Session, measure: Callable[[Tensor], Tensor]
-) -> float:
-    """Mean per counted token of what `measure(logits [n, vocabulary / tp])` gives as a sum over the n counted
-    tokens of a micro-batch; equal on its tensor-parallel ranks. Batches are shared out as in `evaluate`. All ranks call
-    it, and have the result."""
-    filled = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp)
+) -> Tensor:
+    """fp64 [windows]: of each window of `batches` the sum of what `measure(logits [n, vocabulary / tp])` gives, [n],
+    for the n counted tokens of a micro-batch; equal on its tensor-parallel ranks. Batches are shared out as in
+    `evaluate`, and are of one size. All ranks call it, and have the result."""
+    filled, plan = batches + [_uncounted(batches[0])] * (-len(batches) % session.plan.dp), session.plan
 
     def keep(output: Tensor, batch: DeviceBatch) -> dict[str, Tensor]:
-        total = measure(output[batch.loss_mask])
-        return {"total": total, "tokens": batch.loss_mask.sum().to(torch.int)}
+        found = torch.zeros(batch.loss_mask.shape, dtype=torch.float64, device=output.device)
+        found[batch.loss_mask] = measure(output[batch.loss_mask])
+        return {"sums": found.sum(1)}
 
     with constant_weights(model):
-        found = forward_only(model, filled[session.dp_rank :: session.plan.dp], session, keep, with_labels=False)
-    total, tokens = _reduce(found, session)
-    return total / max(tokens, 1)
+        found = forward_only(model, filled[session.dp_rank :: plan.dp], session, keep, with_labels=False)
+    sums = torch.zeros(len(filled), len(batches[0].tokens), dtype=torch.float64, device=session.device)
+    if session.is_last_stage and session.tp_rank == 0:
+        sums[session.dp_rank :: plan.dp] = torch.stack([part["sums"] for part in found])
+    dist.all_reduce(sums)
+    return sums[: len(batches)].flatten().cpu()
 
 
 def _uncounted(batch: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_edge.contracts import Check
-from megatron_edge.verify.quality import TOKENS_PER_FORWARD, Windows, forward, token_nll
+from megatron_edge.verify.quality import Windows, forward, token_nll, windows_per_forward
 from megatron_edge.verify.statistics import mean_over_tokens
 
 # What another implementation of the same recipe may differ by: of perplexity, and of the tokens' first choices where
@@ -31,7 +31,7 @@ class Answers:
 def answers(model: torch.nn.Module, windows: Windows) -> Answers:
     """What a transformers model says, without keeping its logits."""
     nll, choices = [], []
-    per_forward = max(1, TOKENS_PER_FORWARD // windows.tokens.shape[1])
+    per_forward = windows_per_forward(model, windows)
     for begin in range(0, len(windows), per_forward):
         part = windows.slice(begin, begin + per_forward)
         logits = forward(model, part).float().cpu()

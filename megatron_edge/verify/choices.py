@@ -1,34 +1,50 @@
 """How likely a model finds each choice of a question: packed like text, so that everything that runs windows can say.
 
 In: a `Task` and a tokenizer. Out: windows whose counted tokens are the choices' (`pack_choices`), and from the losses
-of those windows each choice's log-likelihood and the answers. Called by jobs/evaluation.py.
+of those windows each choice's log-likelihood and the answers. A prompt is there once for all choices: each is a branch
+(contracts.BRANCH) that begins with the prompt's last token, which predicts the choice's first. Called by
+jobs/evaluation.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megatron_edge.contracts import BRANCH
 from megatron_edge.log import track
-from megatron_edge.verify.quality import TOKENS_PER_FORWARD, Windows, forward
+from megatron_edge.verify.quality import Windows, counted_logits, windows_per_forward
 from megatron_edge.verify.tasks import Task
 
 log = logging.getLogger("megatron_edge")
 
 MIN_WINDOW_TOKENS = 256
+ROWS = 512  # tokens at once: fp64 copies of their logits
 
 
 @dataclass(frozen=True)
 class PackedChoices:
-    """One segment for each choice of each question: `window` and `segment`, both int64 [choices], in their order."""
+    """Windows, those of one length together, and where each choice is, in the questions' order: int64 [choices, 4] of
+    which of `windows`, row, first counted position, and how many are counted."""
 
-    windows: Windows
-    window: torch.Tensor
-    segment: torch.Tensor
+    windows: tuple[Windows, ...]
+    places: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A trunk of tokens, and choices (by their number) that go on from it, each beginning with the same token."""
+
+    trunk: list[int]
+    branches: list[tuple[int, list[int]]]
+
+    @property
+    def size(self) -> int:
+        return len(self.trunk) + sum(len(tokens) for _, tokens in self.branches)
 
 
 @dataclass(frozen=True)
@@ -40,27 +56,47 @@ class Answers:
 
 
 def pack_choices(task: Task, tokenizer: Any, context_tokens: int, multiple: int = 1) -> PackedChoices:
-    """Each choice after its prompt as a segment of its own, several in a window; only the choice's tokens count.
+    """The choices of every question as branches of its prompt, several questions in a window; only the choices' tokens
+    count. Windows are as long as their questions need, by powers of 2.
 
     Args:
         context_tokens: the model's context; of longer segments the beginning is cut off, as lm-evaluation-harness does.
         multiple: that the length of a window must be of.
     """
     longest = context_tokens // multiple * multiple
-    segments, cut = [], 0
-    for prompt, choice in _tokens(task, tokenizer):
-        kept = choice[-(longest - 1) :]
-        before = prompt[-(longest - len(kept)) :]
-        cut += len(kept) + len(before) < len(choice) + len(prompt)
-        segments.append((before + kept, len(kept)))
+    segments: list[_Segment] = []
+    cut = number = 0
+    for choices in _tokens(task, tokenizer):
+        own: list[_Segment] = []  # more than one where choices begin elsewhere, or are too long together
+        for prompt, choice in choices:
+            kept = choice[-(longest - 1) :]
+            before = prompt[-(longest - len(kept)) :]
+            cut += len(kept) + len(before) < len(choice) + len(prompt)
+            trunk, branch = before[:-1], (number, before[-1:] + kept)
+            number += 1
+            place = next(
+                (
+                    one
+                    for one in own
+                    if one.trunk == trunk
+                    and one.branches[0][1][0] == branch[1][0]
+                    and one.size + len(branch[1]) <= longest
+                ),
+                None,
+            )
+            if place is None:
+                own.append(_Segment(trunk, [branch]))
+            else:
+                place.branches.append(branch)
+        segments += own
     if cut:
-        log.warning("%s: %d of %d choices are longer than %d tokens: cut", task.name, cut, len(segments), longest)
-    needed = max(MIN_WINDOW_TOKENS, *(len(tokens) for tokens, _ in segments))
-    return _pack(segments, min(longest, -(-needed // multiple) * multiple))
+        log.warning("%s: %d of %d choices are longer than %d tokens: cut", task.name, cut, number, longest)
+    return _packed(segments, number, longest, multiple)
 
 
-def _tokens(task: Task, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """(prompt, choice) of every choice: what the whole text's tokens have beyond as many as the prompt's."""
+def _tokens(task: Task, tokenizer: Any) -> list[list[tuple[list[int], list[int]]]]:
+    """(prompt, choice) of every choice of every question: what the whole text's tokens have beyond as many as the
+    prompt's; a first token without any before it, which nothing predicts, is the prompt."""
     prompts = [question.prompt for question in task.questions]
     wholes = [question.prompt + choice for question in task.questions for choice in question.choices]
     encoded = tokenizer(prompts, return_attention_mask=False, verbose=False)["input_ids"]
@@ -68,55 +104,84 @@ def _tokens(task: Task, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     found, eos = [], tokenizer.eos_token_id
     for question, prompt in zip(task.questions, encoded, strict=True):
         prompt = prompt[:-1] if prompt[-1] == eos else prompt  # some tokenizers end every text with it
+        own = []
         for _ in question.choices:
             whole = next(whole_ids)
             whole = whole[:-1] if whole[-1] == eos else whole
-            at = min(len(prompt), len(whole) - 1)  # a choice that melts into the prompt's last token counts with it
-            found.append((whole[:at], whole[at:]))
+            # A choice that melts into the prompt's last token counts with it.
+            at = max(1, min(len(prompt), len(whole) - 1))
+            own.append((whole[:at], whole[at:]))
+        found.append(own)
     return found
 
 
-def _pack(segments: Sequence[tuple[list[int], int]], length: int) -> PackedChoices:
-    """First fit, the longest segments first. `segments`: tokens, and how many at the end count."""
+def _packed(segments: Sequence[_Segment], num_choices: int, longest: int, multiple: int) -> PackedChoices:
+    by_length: dict[int, list[_Segment]] = {}
+    for segment in segments:
+        length = MIN_WINDOW_TOKENS
+        while length < segment.size:
+            length *= 2
+        by_length.setdefault(min(longest, -(-length // multiple) * multiple), []).append(segment)
+    windows, places = list[Windows](), torch.zeros(num_choices, 4, dtype=torch.int64)
+    for length, ones in sorted(by_length.items()):
+        rows = _first_fit([one.size for one in ones], length)
+        windows.append(_windows([[ones[i] for i in row] for row in rows], length, len(windows), places))
+    return PackedChoices(tuple(windows), places)
+
+
+def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Which segments are together in each window: first fit, the longest first."""
     room: list[int] = []
     members: list[list[int]] = []
     oldest = 0  # windows before it have no room for anything
-    shortest = min(len(tokens) for tokens, _ in segments)
-    for index in sorted(range(len(segments)), key=lambda i: -len(segments[i][0])):
-        size = len(segments[index][0])
-        while oldest < len(room) and room[oldest] < shortest:
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        while oldest < len(room) and room[oldest] < min(sizes):
             oldest += 1
-        place = next((w for w in range(oldest, len(room)) if room[w] >= size), len(room))
+        place = next((w for w in range(oldest, len(room)) if room[w] >= sizes[index]), len(room))
         if place == len(room):
             room.append(length)
             members.append([])
-        room[place] -= size
+        room[place] -= sizes[index]
         members[place].append(index)
-    tokens = torch.zeros(len(room), length, dtype=torch.int64)
+    return members
+
+
+def _windows(rows: Sequence[Sequence[_Segment]], length: int, which: int, places: torch.Tensor) -> Windows:
+    """The `which`-th group of windows; writes `places` of its choices."""
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions, loss_mask = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.bool)
     documents = torch.zeros(tokens.shape, dtype=torch.int32)
-    window, segment = torch.zeros(2, len(segments), dtype=torch.int64)
-    for w, inside in enumerate(members):
+    for row, segments in enumerate(rows):
         at = 0
-        for number, index in enumerate(inside):
-            ids, counted = segments[index]
+
+        def put(ids: list[int], document: int, position: int, at: int, row: int = row) -> int:
             part = slice(at, at + len(ids))
-            tokens[w, part], documents[w, part] = torch.tensor(ids), number
-            positions[w, part] = torch.arange(len(ids))
-            loss_mask[w, at + len(ids) - counted - 1 : at + len(ids) - 1] = True
-            window[index], segment[index] = w, number
-            at += len(ids)
-        documents[w, at:] = len(inside)  # padding: a segment that counts nowhere
-        positions[w, at:] = torch.arange(length - at)
-    return PackedChoices(Windows(tokens, documents, positions, loss_mask), window, segment)
+            tokens[row, part], documents[row, part] = torch.tensor(ids, dtype=torch.int64), document
+            positions[row, part] = torch.arange(position, position + len(ids))
+            return at + len(ids)
+
+        for number, segment in enumerate(segments):
+            at = put(segment.trunk, number, 0, at)
+            for way, (choice, ids) in enumerate(segment.branches, start=1):
+                counted = len(ids) - 1
+                places[choice] = torch.tensor([which, row, at, counted])
+                loss_mask[row, at : at + counted] = True
+                at = put(ids, number + way * BRANCH, len(segment.trunk), at)
+        documents[row, at:] = len(segments)  # padding: a segment that counts nowhere
+        positions[row, at:] = torch.arange(length - at)
+    return Windows(tokens, documents, positions, loss_mask)
 
 
-def log_likelihoods(packed: PackedChoices, nll: torch.Tensor) -> list[float]:
-    """Nats of every choice, in order, out of `nll` [n, s] of the windows' next tokens."""
-    counted = torch.where(packed.windows.loss_mask, nll.double(), 0.0)
-    sums = torch.zeros(len(counted), int(packed.windows.documents.max()) + 1, dtype=torch.float64)
-    sums.scatter_add_(1, packed.windows.documents.long(), counted)
-    return (-sums[packed.window, packed.segment]).tolist()
+def log_likelihoods(packed: PackedChoices, losses_of: Callable[[Windows], torch.Tensor]) -> list[float]:
+    """Nats of every choice, in order; `losses_of` gives those [n, s] of each next token of windows."""
+    sums = torch.zeros(len(packed.places), dtype=torch.float64)
+    for which, windows in enumerate(packed.windows):
+        counted_losses = torch.where(windows.loss_mask, losses_of(windows).double(), 0.0)
+        until = torch.nn.functional.pad(counted_losses.cumsum(1), (1, 0))
+        mine = packed.places[:, 0] == which
+        _, row, first, counted = packed.places[mine].unbind(1)
+        sums[mine] = until[row, first] - until[row, first + counted]
+    return sums.tolist()
 
 
 def answers_of(task: Task, likelihoods: Sequence[float]) -> Answers:
@@ -136,14 +201,16 @@ def next_token_losses(model: torch.nn.Module, windows: Windows) -> torch.Tensor:
     """fp32 nats [n, s] of a transformers model where the windows count, 0 elsewhere; as `quality.score` computes them,
     without the vocabulary's arithmetic where nothing counts."""
     losses = torch.zeros(windows.tokens.shape)
-    per_forward = max(1, TOKENS_PER_FORWARD // windows.tokens.shape[1])
+    per_forward = windows_per_forward(model, windows)
     begins = range(0, len(windows), per_forward)
     for begin in track(begins, "running the model", len(begins)):
         part = windows.slice(begin, begin + per_forward)
-        logits = forward(model, part)
-        mask = part.loss_mask.to(logits.device)
-        wide = logits[mask].float().double()
-        targets = part.tokens.to(logits.device).roll(-1, dims=1)[mask]
-        nll = wide.logsumexp(-1) - wide.gather(-1, targets[:, None]).squeeze(-1)
-        losses[begin : begin + len(part)][part.loss_mask] = nll.float().cpu()
+        logits = counted_logits(model, part)
+        targets = part.tokens.roll(-1, dims=1)[part.loss_mask].to(logits.device)
+        nll = [
+            wide.logsumexp(-1) - wide.gather(-1, ids[:, None]).squeeze(-1)
+            for rows, ids in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+            for wide in [rows.double()]
+        ]
+        losses[begin : begin + len(part)][part.loss_mask] = torch.cat(nll).float().cpu()
     return losses

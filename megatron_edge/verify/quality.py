@@ -18,12 +18,14 @@ import torch.nn.functional as F
 
 from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import ArtifactReader
-from megatron_edge.contracts import InputError
+from megatron_edge.contracts import BRANCH, InputError
 from megatron_edge.log import track
 from megatron_edge.verify import experts
 
 ATTENTION = "megatron_edge_quantised_cache"
 TOKENS_PER_FORWARD = 1024
+CUDA_TOKENS_PER_FORWARD = 8192  # fewer are calculated there before their kernels are launched
+CUDA_LOGITS_BYTES = 2**31  # what the fp32 logits of one forward may take there
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Windows:
 
     Attributes:
         tokens: int64 token ids.
-        documents: int32 number of the document inside its window.
+        documents: int32 number of the document inside its window; contracts.BRANCH tells those that share a beginning.
         positions: int64 position inside the document.
         loss_mask: bool, True where position i predicts token i+1 and counts; the last column is False.
     """
@@ -89,7 +91,7 @@ def score(model: torch.nn.Module, windows: Windows, keep_logits: int) -> Scores:
         )
     device = next(model.parameters()).device
     losses, kept, top = [], [], []
-    per_forward = max(1, TOKENS_PER_FORWARD // windows.tokens.shape[1])
+    per_forward = windows_per_forward(model, windows)
     begins = range(0, len(windows), per_forward)
     for begin in track(begins, "running the model", len(begins)):
         part = windows.slice(begin, begin + per_forward)
@@ -100,6 +102,14 @@ def score(model: torch.nn.Module, windows: Windows, keep_logits: int) -> Scores:
             kept.append(logits[: keep_logits - begin].cpu())
     logits = torch.cat(kept) if kept else torch.empty(0)
     return Scores(torch.cat(losses), logits, windows.counted_tokens, torch.cat(top))
+
+
+def windows_per_forward(model: Any, windows: Windows) -> int:
+    """As many as a device is fast with, and has room for."""
+    tokens = TOKENS_PER_FORWARD
+    if next(model.parameters()).is_cuda:
+        tokens = min(CUDA_TOKENS_PER_FORWARD, CUDA_LOGITS_BYTES // (4 * model.config.vocab_size))
+    return max(1, tokens // windows.tokens.shape[1])
 
 
 def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -117,20 +127,31 @@ def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def forward(model: torch.nn.Module, windows: Windows) -> torch.Tensor:
     """Logits [n, s, vocabulary] in the model's data type under the windows' own mask and positions."""
+    return model(**_inputs(model, windows)).logits
+
+
+def counted_logits(model: Any, windows: Windows) -> torch.Tensor:
+    """The same [counted tokens, vocabulary], of the tokens that count alone, in order: where few do, the output layer
+    is most of the work."""
+    states = model.get_decoder()(**_inputs(model, windows)).last_hidden_state
+    return model.get_output_embeddings()(states[windows.loss_mask.to(states.device)])
+
+
+def _inputs(model: torch.nn.Module, windows: Windows) -> dict[str, Any]:
     parameter = next(model.parameters())
     device, dtype = parameter.device, getattr(model, "dtype", parameter.dtype)
     documents = windows.documents.to(device)
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    allowed = causal & (documents[:, :, None] == documents[:, None, :])
+    query, key = documents[:, :, None], documents[:, None, :]
+    allowed = causal & ((query == key) | (query % BRANCH == key))
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
-    output = model(
-        input_ids=windows.tokens.to(device),
-        attention_mask=mask[:, None],
-        position_ids=windows.positions.to(device),
-        use_cache=False,
-    )
-    return output.logits
+    return {
+        "input_ids": windows.tokens.to(device),
+        "attention_mask": mask[:, None],
+        "position_ids": windows.positions.to(device),
+        "use_cache": False,
+    }
 
 
 def load_model(

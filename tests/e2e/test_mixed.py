@@ -17,7 +17,10 @@ from tests.e2e.test_job import assert_complete
 
 pytestmark = pytest.mark.timeout(400)
 
-SEARCH = ("search.formats=[nvfp4,fp8,none]", "search.target_bits=5.3", "search.windows=4", "quant.calib_size=8", *SMALL)
+SEARCH = (
+    "search.formats=[nvfp4,fp8,none]", "search.target_bits=5.3", "search.windows=4", "search.rounds=1",
+    "quant.calib_size=8", *SMALL,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,14 @@ def searches(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         arguments = (*SEARCH, *layout, f"model.source={tiny_model}", f"run_dir={directory / name}")
         return run("search", *arguments, directory=directory, processes=2 if layout else 1)
 
-    done = run_all({"one": lambda: launch("one"), "tp2": lambda: launch("tp2", "parallel.tensor=2")})
+    pipeline = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    done = run_all(
+        {
+            "one": lambda: launch("one"),
+            "tp2": lambda: launch("tp2", "parallel.tensor=2"),
+            "pp2": lambda: launch("pp2", *pipeline),
+        }
+    )
     for name, finished in done.items():
         assert finished.returncode == 0, f"{name}: {finished.stderr}"
     return directory, done
@@ -45,7 +55,11 @@ def test_the_search_is_no_worse_than_the_uniform_recipe(searches: tuple[Path, di
     mixed, *others = found["recipes"]
     assert {one["name"] for one in others} >= {"nvfp4", "fp8"}
     assert mixed["size_bytes"] <= found["budget_bytes"] < next(o["size_bytes"] for o in others if o["name"] == "fp8")
-    assert mixed["measured"] <= min(o["measured"] for o in others if o["size_bytes"] <= found["budget_bytes"])
+    fitting = [one for one in found["recipes"] if one["size_bytes"] <= found["budget_bytes"]]
+    written = min(fitting, key=lambda one: one["measured"])
+    assert written["name"] == found["written"]
+    unrefined = [one for one in fitting if not one["name"].startswith("refined")]
+    assert mixed["measured"] <= min(one["measured"] for one in unrefined)
     assert mixed["predicted"] == pytest.approx(mixed["measured"], rel=0.5), "single layers predict the whole"
     assert len(found["units"]) == 16
 
@@ -63,7 +77,16 @@ def test_the_search_is_the_same_over_two_tensor_parallel_ranks(searches: tuple[P
             worst = max(worst, abs(math.log(max(other[1], 1e-9) / max(divergence, 1e-9))))
     print(f"largest relative difference of a divergence {worst:.2e}")
     assert worst < 0.05
-    recipes = [yaml.safe_load((directory / name / "recipe.yaml").read_text()) for name in ("one", "tp2")]
+    mixed = [figures(directory / name)["recipes"][0] for name in ("one", "tp2")]
+    assert mixed[0]["size_bytes"] == mixed[1]["size_bytes"], "the same choice"
+    assert mixed[0]["measured"] == pytest.approx(mixed[1]["measured"], rel=0.05)
+
+
+def test_the_search_is_the_same_over_a_virtual_pipeline(searches: tuple[Path, dict[str, Finished]]) -> None:
+    """Runs begin at a layer that another stage has; the arithmetic is the same."""
+    one, two = (figures(searches[0] / name) for name in ("one", "pp2"))
+    assert one["units"] == two["units"]
+    recipes = [yaml.safe_load((searches[0] / name / "recipe.yaml").read_text()) for name in ("one", "pp2")]
     assert recipes[0] == recipes[1]
 
 

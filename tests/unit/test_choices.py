@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_edge.contracts import InputError
+from megatron_edge.contracts import BRANCH, InputError
+from megatron_edge.train.data import attention_mask
 from megatron_edge.verify.choices import answers_of, log_likelihoods, next_token_losses, pack_choices
 from megatron_edge.verify.evaluation import task_results
 from megatron_edge.verify.tasks import TASKS, Question, Task, load_tasks
@@ -60,8 +61,9 @@ def plain(model: LlamaForCausalLM, task: Task, context_tokens: int = 512) -> Ite
 def test_packed_choices_are_as_likely_as_alone(model: LlamaForCausalLM, task: Task) -> None:
     """Noise floor: transformers in fp32 against fp64 on the same texts; sums in another order may differ by 3 of it."""
     packed = pack_choices(task, tiny_tokenizer(), context_tokens=512, multiple=6)
-    assert packed.windows.tokens.shape[1] % 6 == 0 and len(packed.windows) < len(list(plain(model, task)))
-    found = log_likelihoods(packed, next_token_losses(model, packed.windows))
+    assert all(windows.tokens.shape[1] % 6 == 0 for windows in packed.windows)
+    assert sum(len(windows) for windows in packed.windows) < len(list(plain(model, task)))
+    found = log_likelihoods(packed, lambda windows: next_token_losses(model, windows))
     single = list(plain(model, task))
     double = list(plain(model.double(), task))
     model.float()
@@ -70,14 +72,36 @@ def test_packed_choices_are_as_likely_as_alone(model: LlamaForCausalLM, task: Ta
     assert max(abs(a - b) for a, b in zip(found, single, strict=True)) <= 3 * floor
 
 
+def test_a_prompt_is_run_once_for_all_its_choices(model: LlamaForCausalLM) -> None:
+    """As many tokens as one prompt and the choices, each with the token that predicts its first; the windows of longer
+    questions do not make those of shorter ones longer; Megatron's mask says the same as transformers'."""
+    tokenizer, prompt = tiny_tokenizer(), "Of five letters which is the last? " * 9 + "Answer:"
+    letters = tuple(f" {letter}" for letter in "ABCDE")
+    questions = (Question(prompt, letters, 4), Question(prompt * 2, letters, 4), Question("Q", (" a b", " c"), 0))
+    own = Task("own", questions, 3)
+    packed = pack_choices(own, tokenizer, context_tokens=512)
+    wholes = [[len(tokenizer(q.prompt + c).input_ids) for c in q.choices] for q in questions]
+    starts = [len(tokenizer(q.prompt).input_ids) for q in questions]
+    expected = sum(n - 1 + sum(w - n + 1 for w in ws) for n, ws in zip(starts, wholes, strict=True))
+    used = sum(int((w.documents < w.documents[:, -1:]).sum() + (w.documents >= BRANCH).sum()) for w in packed.windows)
+    assert used == expected
+    assert sorted(windows.tokens.shape[1] for windows in packed.windows) == [256, 512]
+    found = log_likelihoods(packed, lambda windows: next_token_losses(model, windows))
+    assert found == pytest.approx(list(plain(model, own)), abs=1e-4)
+    for windows in packed.windows:
+        allowed = ~attention_mask(windows.documents)[:, 0]
+        seen = allowed[windows.loss_mask]
+        assert bool((seen.sum(1) == windows.positions[windows.loss_mask] + 1).all()), "its past, and nothing else"
+
+
 def test_what_is_too_long_loses_its_beginning(
     model: LlamaForCausalLM, task: Task, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("megatron_edge"), "propagate", True)
     packed = pack_choices(task, tiny_tokenizer(), context_tokens=48)
     assert "3 of 7 choices are longer than 48 tokens" in caplog.text
-    assert packed.windows.tokens.shape[1] == 48
-    found = log_likelihoods(packed, next_token_losses(model, packed.windows))
+    assert max(windows.tokens.shape[1] for windows in packed.windows) == 48
+    found = log_likelihoods(packed, lambda windows: next_token_losses(model, windows))
     assert found == pytest.approx(list(plain(model, task, 48)), abs=1e-3)
 
 

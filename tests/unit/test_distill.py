@@ -100,6 +100,11 @@ def test_one_step_has_the_gradient_of_transformers(session: Any, hidden_weight: 
         (("train=ptq", "train.distill_temperature=2"), "train.distill_temperature=2.0: allowed is 1.0 with"),
         (("train.distill_hidden_weight=1",), "train.distill_hidden_weight=1.0: allowed is 0.0 with"),
         (("train=qad", "quant=none", "device=x86_laptop"), "the student is its own teacher"),
+        (("train.teacher_hf_config=/x",), "train.teacher_hf_config='/x': allowed is null with train.mode=qat"),
+        (
+            ("train=qad", "train.teacher_hf_config=/x"),
+            "train.teacher_hf_config='/x': allowed is null with train.teacher",
+        ),
     ],
 )
 def test_leaves_that_nothing_would_read_are_refused(arguments: tuple[str, ...], words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_edge import compose, memory
 from megatron_edge.artifact import formats
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import search as job
+from megatron_edge.jobs import search_result
 from megatron_edge.quantize import search
 from megatron_edge.quantize.search import Option
 from megatron_edge.train import step
@@ -96,12 +98,19 @@ def test_a_kind_that_is_alike_is_one_override_and_the_file_is_an_ordinary_recipe
             for n in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
         ),
     }
-    measured = job.Measured("mixed", 10, 5.0, 0.1, 0.2, 0.3, 3.0, recipe)
+    measured = search_result.Measured("mixed", 10, 5.0, 0.1, 0.2, 0.3, 3.0, recipe)
     options = [[Option("int4", 1, 0.5), Option("fp8", 2, 0.25)] for _ in units]
-    (tmp_path / "mixed.yaml").write_text(job.recipe_text(measured, [measured], units, options))
+    (tmp_path / "mixed.yaml").write_text(search_result.recipe_text(measured, [measured], units, options))
     read = compose.compose([f"quant.recipe={tmp_path / 'mixed.yaml'}"])
     assert formats_of(read) == formats_of(read.__class__(**{**vars(read), "quant": recipe}))
     assert "KL alone: int4 5.0e-01, fp8 2.5e-01" in (tmp_path / "mixed.yaml").read_text()
+    assert read.quant.embedding == "bf16" and read.quant.calibration == "max"
+    also = replace(recipe, embedding="int8", head="int8", calibration="mse")
+    (tmp_path / "also.yaml").write_text(
+        search_result.recipe_text(replace(measured, recipe=also), [measured], units, options)
+    )
+    read = compose.compose([f"quant.recipe={tmp_path / 'also.yaml'}"])
+    assert (read.quant.embedding, read.quant.head, read.quant.calibration) == ("int8", "int8", "mse")
 
 
 @pytest.mark.parametrize(("name", "group"), [("int4", 32), ("fp8", 0), ("nvfp4", 16)])
@@ -116,16 +125,75 @@ def test_a_layer_alone_moves_the_predictions_as_transformers_says(session: Any, 
     divergence = Divergence(model, batches, session)
     assert divergence(model) == 0.0
 
-    def forward_loop(_: Any) -> None:
-        step.run_forward(model, batches, session)
-
-    moved = {key: search.measure(model, units, r, hf_config, forward_loop, divergence, 0) for key, r in recipes.items()}
+    candidates = candidates_of(model, batches, units, recipes, hf_config, session)
+    plain = [None] * len(units)
+    moved = search.measure(candidates, units, plain, list(recipes), divergence, 0.0, 0)
     options = search.options_of(units, recipes, hf_config, moved)
     assert [one.divergence for unit in options for one in unit[1:]] == [0.0] * len(units)
     at = next(i for i, unit in enumerate(units) if unit.pattern == "decoder.layers.1.mlp.linear_fc1")
     expected = by_hand(llama, batches, name, group, recipes[name].activation)
     assert options[at][0].divergence == pytest.approx(expected, rel=1e-3)
     assert len({one[0].divergence for one in options}) == len(units), "each layer has its own"
+
+
+def candidates_of(model: Any, batches: Any, units: Any, recipes: Any, hf_config: Any, session: Any) -> Any:
+    return search.candidates_of(model, units, recipes, hf_config, lambda _: step.run_forward(model, batches, session))
+
+
+def test_a_layer_in_a_mix_is_measured_as_the_whole_recipe_is(session: Any) -> None:
+    """Runs that begin at the layer, with quantizers that are swapped, against each recipe inserted, calibrated and run
+    from the start: the same arithmetic, so the same number."""
+    llama = random_llama(num_hidden_layers=3)
+    hf_config, batches = hf_config_of(llama), random_batches(3)
+    recipes = job.recipes_of(compose.compose(["search.formats=[int4,nvfp4,fp8,none]", "quant.embedding=int8"]))
+    recipes["int4"] = recipes["int4"].__class__(**{**vars(recipes["int4"]), "group_size": 32})
+    units, model = search.units_of(hf_config), megatron_twin(llama, session)
+    divergence = Divergence(model, batches, session)
+    whole_model = megatron_twin(llama, session)
+
+    def whole(names: list[str]) -> float:
+        recipe = search.as_recipe("mix", units, names, recipes)
+        search.quantize(whole_model, recipe, hf_config, lambda _: step.run_forward(whole_model, batches, session))
+        return divergence(whole_model)
+
+    mix = [("int4", "nvfp4", "fp8", "none")[(i + i // 4) % 4] for i in range(len(units))]
+    candidates = candidates_of(model, batches, units, recipes, hf_config, session)
+    at = whole(mix)
+    with candidates.placed(mix):
+        assert divergence(model) == at
+    found = search.measure(candidates, units, mix, list(recipes), divergence, at, 0)
+    for index, unit in enumerate(units):
+        for name in recipes:
+            assert found[name][index] == whole([*mix[:index], name, *mix[index + 1 :]]), (unit, name)
+    with candidates.placed([None] * len(units)):
+        assert divergence(model) == 0.0, "tables too are as they came"
+    assert divergence(model) > 0.0, "the model has its own quantizers again"
+
+
+def test_refining_finds_what_single_layers_do_not_say(session: Any) -> None:
+    """From a poor start: the refined mix fits, is measured as it says, and is no worse than the sums' choice."""
+    llama = random_llama(num_hidden_layers=3)
+    hf_config, batches = hf_config_of(llama), random_batches(3)
+    recipes = job.recipes_of(compose.compose(["search.formats=[nvfp4_w4a16,fp8,none]"]))
+    units, model = search.units_of(hf_config), megatron_twin(llama, session)
+    divergence = Divergence(model, batches, session)
+    candidates = candidates_of(model, batches, units, recipes, hf_config, session)
+    moved = search.measure(candidates, units, [None] * len(units), list(recipes), divergence, 0.0, 0)
+    options = search.options_of(units, recipes, hf_config, moved)
+    budget = sum(unit.num_weights for unit in units) * 6 // 8
+    chosen, poor = search.choose(options, budget), search.spread_evenly(units, options, budget)
+    assert chosen is not None and poor is not None
+
+    def whole(picked: list[Option]) -> float:
+        with candidates.placed([one.name for one in picked]):
+            return divergence(model)
+
+    refined, least = search.refine(candidates, units, options, poor, budget, divergence, 3, 0)
+    assert sum(one.size_bytes for one in refined) <= budget
+    assert least == whole(refined) < whole(poor)
+    assert least <= whole(chosen) * 1.02
+    _, same = search.refine(candidates, units, options, refined, budget, divergence, 1, 0)
+    assert same <= least
 
 
 def test_quantizers_in_the_place_of_others_are_as_fresh_ones(session: Any) -> None:

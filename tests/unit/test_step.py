@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from tiny_megatron import megatron_twin, random_batches, random_experts, random_llama
 
 from megatron_edge.compose import compose
-from megatron_edge.contracts import Diverged
+from megatron_edge.contracts import Diverged, ParallelPlan
+from megatron_edge.runtime.session import Session
 from megatron_edge.train import loop, step
+from megatron_edge.train.batches import in_batches
+from megatron_edge.train.data import Batch
 
 TRAIN = compose(["train.learning_rate=0.01", "train.steps=8", "train.max_skipped_steps=2"]).train
 
@@ -65,3 +69,24 @@ def test_skipped_steps_are_counted_and_named(session: Any, caplog: pytest.LogCap
 def test_too_many_in_a_row_end_the_job(session: Any) -> None:
     with pytest.raises(Diverged, match=r"step 6: loss .* 3 steps in a row, train.max_skipped_steps=2"):
         run(session, {4, 5, 6})
+
+
+def test_micro_batches_without_gradient(session: Any) -> None:
+    """Four windows on CPU; on CUDA as many as 8192 tokens or 2 GiB of logits have, and one for each replica. What
+    fills the last one does not count."""
+    (windows,) = random_batches(1, windows=70)
+    counted = int(windows.loss_mask.sum())
+
+    def sizes(vocab_size: int, on: Session, length: int = 32) -> list[int]:
+        whole = Batch(*(part.repeat(1, length // 32) for part in windows))
+        found = in_batches(whole, vocab_size, on)
+        assert sum(int(batch.loss_mask.sum()) for batch in found) == counted * length // 32
+        assert torch.equal(torch.cat([batch.tokens for batch in found])[:70], whole.tokens)
+        return [len(batch.tokens) for batch in found]
+
+    cuda = replace(session, device=torch.device("cuda"))
+    assert sizes(96, session) == [4] * 18
+    assert sizes(96, cuda) == [70]
+    assert sizes(49152, cuda, 256) == [24] * 3, "at most 32 windows"
+    assert sizes(2**20, cuda, 128) == [4] * 18, "512 tokens have 2 GiB of logits"
+    assert sizes(96, replace(cuda, plan=ParallelPlan(dp=4, world_size=4))) == [18] * 4

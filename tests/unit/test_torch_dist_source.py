@@ -14,7 +14,9 @@ import torch
 from megatron_checkpoint import model_of, save_as_megatron_lm
 from safetensors.torch import load_file
 
+from megatron_edge.compose import compose
 from megatron_edge.contracts import InputError
+from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.model.source import open_source
 from tools.random_models import RANDOM_MODELS, make_random_model
 
@@ -84,6 +86,20 @@ def test_where_config_and_tokenizer_are_found(saved: Path, tmp_path: Path) -> No
     found.save_tokenizer(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert found.fingerprint() == open_source(copy / "iter_0000007", saved / "hf").fingerprint()
+
+
+def test_a_checkpoint_as_teacher(saved: Path) -> None:
+    """It is described by a leaf of its own, which the messages name: model.hf_config is the student's."""
+    student, checkpoint = saved / "hf", saved / "megatron"
+    qad = ["train=qad", f"model.source={student}", f"train.teacher={checkpoint}"]
+    found = teacher_source(compose([*qad, f"train.teacher_hf_config={student}"]), open_source(student))
+    assert found is not None and found.kind == "torch_dist"
+    assert_same(found, load_file(student / "model.safetensors"))
+    with pytest.raises(InputError, match=r"train\.teacher=.*: train\.teacher_hf_config=None: .* says neither"):
+        teacher_source(compose(qad), open_source(student))
+    plain = ["train=qad", f"model.source={student}", f"train.teacher={student}", f"train.teacher_hf_config={student}"]
+    with pytest.raises(InputError, match=r"train\.teacher_hf_config=.*: .* has its own config\.json"):
+        teacher_source(compose(plain), open_source(student))
 
 
 class Evil:
