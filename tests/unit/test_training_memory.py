@@ -49,7 +49,8 @@ def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[i
         weight.data.normal_(0, 0.05)
     ids = torch.randint(0, raw["vocab_size"], (1, TOKENS))
     places, counted = torch.arange(TOKENS)[None], torch.ones_like(ids, dtype=torch.bool)
-    batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), places, counted, ids.roll(-1, 1))
+    documents = (places >= TOKENS // 2).int()  # two, which need a mask
+    batch = Batch(ids, documents, places % (TOKENS // 2), counted, ids.roll(-1, 1))
     plan = make_plan(config.quant, config.kv, hf_config)
     if plan.rules or plan.kv != "none":
         apply.calibrate(
@@ -107,7 +108,7 @@ def test_quantizers_keep_a_copy_of_the_weights(arguments: tuple[str, ...], sessi
 
 
 # (model, layout, distributed optimizer, GiB): peaks of torch.cuda.max_memory_allocated on two H200s, bf16, 8 sequences
-# of 2048 tokens one by one: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`
+# of 2048 tokens one by one, with masks: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`
 # and the same with `--model experts`.
 MEASURED = [
     (layout_speed.DENSE, ParallelPlan(), False, 22.1),
