@@ -43,7 +43,7 @@ NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "runtimes", "budget", "sweep", "log", "cluster", "model.name", "model.backend", "quant.name", "quant.recipe",
     "kv.name", "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps",
-    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph",
+    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph", "train.cache_weights",
 )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ class TrainConfig:
         "dtype of weights and activations (the optimizer keeps fp32); auto is bf16 where the hardware multiplies it"
     )
     cuda_graph: bool | None = leaf("a step's forward and backward as one CUDA graph; null is wherever that is possible")
+    cache_weights: bool = leaf("quantise each weight once in a step and keep the result; else at each use, same numbers")
     learning_rate: float = leaf("peak, after the warm-up", low=0.0)
     min_learning_rate: float = leaf("end of the cosine; null is a tenth of the peak", low=0.0, derived=True)
     warmup_steps: int = leaf("linear warm-up; null is a tenth of the steps", low=0, derived=True)

@@ -83,7 +83,7 @@ def _quantised(x: Tensor, quantizer: Any) -> Tensor:
 @contextlib.contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
     """Inside, weights do not change: each is quantised once, at its first use, and kept until the end."""
-    quantizers = [q for name, q in _quantizers(model) if name.endswith("weight_quantizer")]
+    quantizers = [q for q in _weight_quantizers(model) if q.__dict__.get("_may_keep", True)]
     for quantizer in quantizers:
         quantizer._keep = True
     try:
@@ -91,6 +91,16 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             quantizer._keep, quantizer._kept = False, None
+
+
+def set_weight_cache(model: nn.Module, kept: bool) -> None:
+    """Whether `constant_weights` keeps anything; else a weight is quantised at each use. Same bits, in place."""
+    for quantizer in _weight_quantizers(model):
+        quantizer._may_keep = kept
+
+
+def _weight_quantizers(model: nn.Module) -> list[Any]:
+    return [quantizer for name, quantizer in _quantizers(model) if name.endswith("weight_quantizer")]
 
 
 def _register() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize import adapters
-from megatron_edge.quantize.apply import constant_weights
+from megatron_edge.quantize.apply import constant_weights, set_weight_cache
 from megatron_edge.runtime.session import Session, context_positions, gather_context
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import Batch, attention_mask, several_documents
@@ -125,6 +125,7 @@ def make_trainable(
         list(wrapped),
     )
     adapters.let_gradients_pass(wrapped)
+    set_weight_cache(wrapped, train.cache_weights)
     config = chunks[0].config  # of all chunks
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
