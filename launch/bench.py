@@ -19,7 +19,7 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
 def main(config: RunConfig, started: Launch) -> int | None:
     from megatron_edge.jobs import bench  # heavy imports: not before the input is known to be good
 
-    return bench.qat_step(config, started)
+    return bench.run(config, started)
 
 
 if __name__ == "__main__":

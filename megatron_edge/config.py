@@ -145,7 +145,7 @@ class TrainConfig:
         "dtype of weights and activations (the optimizer keeps fp32); auto is bf16 where the hardware multiplies it"
     )
     cuda_graph: bool | None = leaf("a step's forward and backward as one CUDA graph; null is wherever that is possible")
-    cache_weights: bool = leaf("quantise each weight once in a step and keep the result; else at each use, same numbers")
+    cache_weights: bool = leaf("quantise each weight once in a step and keep it, else at each use; the same numbers")
     learning_rate: float = leaf("peak, after the warm-up", low=0.0)
     min_learning_rate: float = leaf("end of the cosine; null is a tenth of the peak", low=0.0, derived=True)
     warmup_steps: int = leaf("linear warm-up; null is a tenth of the steps", low=0, derived=True)
@@ -208,12 +208,15 @@ class SearchConfig:
 class BenchConfig:
     size: Literal["llama_1b", "tiny"] = leaf("the model that is timed, with random weights")
     formats: list[str] = leaf("presets of quant=")
-    against: list[Literal["ours", "modelopt"]] = leaf("what is timed beside the plain model: ours, ModelOpt's own")
+    against: list[Literal["ours", "ours_uncached", "modelopt"]] = leaf(
+        "what is timed beside the plain model: ours, also without train.cache_weights, ModelOpt's own"
+    )
     shapes: list[str] = leaf("micro-batches as windows x tokens, such as 4x2048")
     accumulate: list[int] = leaf("micro-batches of an optimiser step")
-    steps: int = leaf("timed optimiser steps in each repeat", low=1)
+    steps: int = leaf("timed micro-batches in each repeat, at least a whole step", low=1)
     repeats: int = leaf("rounds in which the contenders take turns", low=1)
-    output: str | None = leaf("the JSON file; null is bench_qat_step.json in run_dir")
+    profile: bool = leaf("also where the time of one step goes, kernel by kernel")
+    output: str | None = leaf("the JSON file; null is bench_<job>.json in run_dir")
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,7 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = leaf("continue from run_dir's newest checkpoint")
     threads: int = leaf("CPU threads per process; 0 shares the physical cores between this host's processes", low=0)
     artifact: str | None = leaf("verify and evaluate: an artifact's directory")
-    job: Literal["qat_step"] = leaf("what launch/bench.py times")
+    job: Literal["qat_step", "whole_job"] = leaf("what launch/bench.py times: a step, or a job's loop beside its step")
     runtimes: list[Runtime] = leaf("verify: those that must run the artifact; [] is all that are here, without demand")
     reference: str | None = leaf("verify: the run directory whose trained model the artifact is compared with")
     sweep: str | None = leaf("report: the directory of a sweep (with its sweep.json), whose runs are compared")

@@ -70,7 +70,7 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with (
-            _finalizing_later(chunks_of(model)[0].config) as counted,
+            finalizing_later(chunks_of(model)[0].config) as counted,
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             found = forward_backward(model, inputs, session, objective)
@@ -93,7 +93,7 @@ def launched_one_by_one(
 
 
 @contextlib.contextmanager
-def _finalizing_later(config: Any) -> Iterator[list[Tensor]]:
+def finalizing_later(config: Any) -> Iterator[list[Tensor]]:
     """Inside, gradients are not summed over replicas nor divided by their tokens, whose number is kept instead."""
     finalize, counted = config.finalize_model_grads_func, []
     config.finalize_model_grads_func = lambda model, num_tokens, **_: counted.append(num_tokens)

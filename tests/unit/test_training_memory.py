@@ -150,8 +150,8 @@ def test_no_more_than_modelopts_own(quant: str, session: Any) -> None:
 
 
 # (model, layout, distributed optimizer, GiB): peaks of torch.cuda.max_memory_allocated on two H200s, bf16, 8 sequences
-# of 2048 tokens one by one, with masks: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`
-# and the same with `--model experts`.
+# of 2048 tokens one by one, with masks: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP
+# PP2 DP2DO CP2` and the same with `--model experts`.
 MEASURED = [
     (layout_speed.DENSE, ParallelPlan(), False, 22.1),
     (layout_speed.DENSE, ParallelPlan(dp=2, world_size=2), True, 16.3),
