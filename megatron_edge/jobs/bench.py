@@ -175,28 +175,26 @@ def _ways(
     """Warm ways of taking this step. What cannot be recorded is added to `obstacles`, and not tried again."""
     modes = contenders.launches(config, contenders.hf_config_of(config))
     pool = torch.cuda.graph_pool_handle() if "graph" in modes else None
-    ways = []
+    launched: dict[str, Way] = {}
+    recorded: dict[str, Way] = {}
     for name in (PLAIN, *config.bench.against):
         one = built[name.removesuffix("_uncached")]
-        if "one by one" in modes or one.name in obstacles:
-            ways.append(Way(name, one, "one by one", contenders.one_by_one(stream)))
+        launched[name] = Way(name, one, "one by one", contenders.one_by_one(stream))
+        launched[name].steps([batches], session)  # the first of all makes the optimizer's state
         if "graph" in modes and one.name not in obstacles:
             assert stream is not None
             mark(f"recording {name}")
-            # A pool that a failed recording has touched is not used again.
-            recorded = contenders.record(name, one, batches, session, stream, pool if name != "modelopt" else None)
-            if isinstance(recorded, Way):
-                ways.append(recorded)
+            found = contenders.record(name, one, batches, session, stream, pool if name != "modelopt" else None)
+            if isinstance(found, Way):
+                recorded[name] = found
             else:
-                obstacles[one.name] = recorded
-                if "one by one" not in modes:
-                    ways.append(Way(name, one, "one by one", contenders.one_by_one(stream)))
-                log.warning("%s cannot be recorded as a CUDA graph: %s", name, recorded)
-    if not any(way.launched == "one by one" for way in ways) and obstacles:
-        ways.insert(0, Way(PLAIN, built[PLAIN], "one by one", contenders.one_by_one(stream)))
-    for way in ways:
-        way.steps([batches], session)
-    return ways
+                obstacles[one.name] = found
+                pool = torch.cuda.graph_pool_handle()  # one that a failed recording has touched is not used again
+                log.warning("%s cannot be recorded as a CUDA graph: %s", name, found)
+    if "one by one" not in modes:  # what cannot be recorded is compared all the same, with the plain model
+        kept = {name for name, way in launched.items() if way.contender.name in obstacles}
+        launched = {name: way for name, way in launched.items() if name in kept or (kept and name == PLAIN)}
+    return [*recorded.values(), *launched.values()]
 
 
 def _race(

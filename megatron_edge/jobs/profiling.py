@@ -86,7 +86,7 @@ def _grouped(events: Sequence[Any], vocabulary: int, on_cuda: bool) -> dict[str,
     ranges = [e.time_range for e in events if e.name == "bench: gradients" and e.device_type == DeviceType.CPU]
     ended = max(one.end for one in ranges)
     wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    kernels = [e for e in events if e.device_type == wanted and not e.name.startswith(("bench: ", "ProfilerStep"))]
+    kernels = [e for e in events if e.device_type == wanted and not _is_a_range(e)]
     milliseconds: dict[str, float] = {}
     longest: dict[str, list[float]] = {}
     for event in kernels:
@@ -109,11 +109,16 @@ def _grouped(events: Sequence[Any], vocabulary: int, on_cuda: bool) -> dict[str,
     }
 
 
+def _is_a_range(event: Any) -> bool:
+    """Whether it is no work but a name for a stretch of time, such as the optimizer's step."""
+    return event.is_user_annotation or event.name.startswith(("bench: ", "ProfilerStep", "Optimizer."))
+
+
 def _of_loss(events: Sequence[Any], vocabulary: int, ended: float, on_cuda: bool) -> dict[str, float]:
     """By group, milliseconds of what works on logits, products of matrices apart."""
     found: dict[str, float] = {}
     for event in events:
-        if event.device_type != DeviceType.CPU or event.time_range.start >= ended or event.name.startswith("bench: "):
+        if event.device_type != DeviceType.CPU or event.time_range.start >= ended or _is_a_range(event):
             continue
         if not any(shape and shape[-1] == vocabulary for shape in event.input_shapes or ()):
             continue
