@@ -40,8 +40,8 @@ log = logging.getLogger("megatron_edge")
 @dataclass(frozen=True)
 class Row:
     """Medians over the timed steps. `ratio` is to the plain model launched in the same way, in the same repeat: its
-    median, least and most over the repeats. `bound` is the ratio if the bytes that fake quantisation must move were all
-    it cost, and `of_bound` the part of this row's time that the bound's is. None: not known of this device."""
+    median, least and most over the repeats. `bound` is contenders.bound, `of_bound` how much of this row's time the
+    bound is. None: not known of this device, and bounds of the plain model."""
 
     format: str
     contender: str
@@ -236,10 +236,9 @@ def _row(
     ratio, median = statistics.median(ratios), statistics.median(second for part in seconds for second in part)
     speed, chip = flops / median / session.plan.world_size, contenders.chip()
     bound = None
-    if chip and session.plan.world_size == 1:
-        quant = contenders.quant_of(config, fmt)
-        moved = 0.0 if way.name == PLAIN else contenders.moved_bytes(quant, hf_config, windows * length, accumulate)
-        bound = 1 + moved / chip[1] / statistics.median(plain)
+    if chip and session.plan.world_size == 1 and way.name != PLAIN:
+        quant, tokens = contenders.quant_of(config, fmt), windows * length
+        bound = contenders.bound(quant, hf_config, tokens, accumulate, chip, statistics.median(plain))
     row = Row(
         fmt, way.name, way.launched, shape, accumulate, median * 1e3, ratio, min(ratios), max(ratios),
         max(session.gather(way.peak_bytes)) / 2**30 if session.device.type == "cuda" else None,

@@ -256,3 +256,15 @@ def moved_bytes(quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: 
     weights = 4.0 * memory.count_parameters(hf_config).linears if quant.weight != "none" else 0.0
     inputs = 2 * dims.hidden_size + dims.num_heads * dims.head_dim + dims.ffn_hidden_size
     return weights + (4.0 * layers * inputs * tokens * accumulate if quant.activation != "none" else 0.0)
+
+
+def bound(
+    quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: int, figures: tuple[float, float], plain: float
+) -> float:
+    """The ratio to a plain step of `plain` seconds, if quantising cost what its bytes take at the memory's whole
+    bandwidth, and products of two fp8 operands, in forward alone, took half of their time at the whole FLOP/s."""
+    flop_rate, byte_rate = figures
+    seconds = moved_bytes(quant, hf_config, tokens, accumulate) / byte_rate
+    if quant.weight == quant.activation == "fp8":
+        seconds -= memory.count_parameters(hf_config).linears * 2 * tokens * accumulate / flop_rate / 2
+    return 1 + seconds / plain

@@ -48,7 +48,13 @@ def test_flops_and_bytes_by_hand() -> None:
     fp8, int4 = contenders.quant_of(config, "fp8"), contenders.quant_of(config, "int4")
     assert contenders.moved_bytes(int4, hf_config, tokens, 8) == 4 * linears
     inputs = layers * (hidden + heads + hidden + ffn) * tokens
-    assert contenders.moved_bytes(fp8, hf_config, tokens, 8) == 4 * linears + 8 * 4 * inputs
+    moved = 4 * linears + 8 * 4 * inputs
+    assert contenders.moved_bytes(fp8, hf_config, tokens, 8) == moved
+    assert contenders.bound(int4, hf_config, tokens, 8, (1e15, 1e12), 0.5) == 1 + 4 * linears / 1e12 / 0.5
+    faster = 8 * 2 * linears * tokens / 2e15
+    assert contenders.bound(fp8, hf_config, tokens, 8, (1e15, 1e12), 0.5) == pytest.approx(
+        1 + 2 * (moved / 1e12 - faster)
+    )
 
 
 def test_a_tiny_run(tmp_path: Path) -> None:
