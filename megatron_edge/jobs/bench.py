@@ -23,7 +23,7 @@ from megatron_edge import checks, devices
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
 from megatron_edge.jobs import contenders, profiling, whole_job
-from megatron_edge.jobs.contenders import PLAIN, Contender, Way
+from megatron_edge.jobs.contenders import PLAIN, UNCACHED, Contender, Way
 from megatron_edge.jobs.preflight import check_backend, native_precision, records_steps
 from megatron_edge.jobs.training import job_session
 from megatron_edge.leaves import expected, refuse_unknown
@@ -148,9 +148,26 @@ def _races(config: RunConfig, session: Session, fmt: str, found: dict[str, Any])
             if config.bench.profile:
                 what = {"format": fmt, "shape": shape, "accumulate": accumulate}
                 found["profiles"] += [what | profiling.profile(way, batches, session) for way in ways]
+            found["notes"] += _memory_notes(rows)
             _keep(config, session, found, [asdict(row) for row in rows])
             del ways
             free_memory()
+
+
+def _memory_notes(rows: list[Row]) -> list[str]:
+    """What the cache of weights costs, and the peak without it beside modelopt's; each with the same launches."""
+    peaks = {(row.launched, row.contender): row.peak_gib for row in rows}
+    notes = []
+    for (launched, name), without in peaks.items():
+        cached, theirs = peaks.get((launched, "ours")), peaks.get((launched, "modelopt"))
+        if name != UNCACHED or without is None:
+            continue
+        what = f"{rows[0].format} {rows[0].shape} x{rows[0].accumulate}, {launched}: peak without cached weights"
+        beside = f", {without / theirs:.3f} of modelopt's" if theirs else ""
+        notes.append(
+            f"{what} {without:.2f} GiB{beside}" + (f"; the cache adds {cached - without:.2f}" if cached else "")
+        )
+    return notes
 
 
 def _load_modelopts_kernels(fmt: str, found: dict[str, Any]) -> None:

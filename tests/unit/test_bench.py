@@ -92,3 +92,16 @@ def test_a_tiny_whole_job(tmp_path: Path) -> None:
     steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     first = whole_job.WARM_UP_STEPS + 1
     assert steps == list(range(first, first + 2 * 3)), "the loop's own metrics, each step once"
+
+
+def test_what_is_said_of_memory() -> None:
+    def row(name: str, launched: str, gib: float | None) -> bench.Row:
+        return bench.Row("int4", name, launched, "1x16", 8, 1.0, 1.0, 1.0, 1.0, gib, 1.0, None, None, None)
+
+    rows = [row(name, "one by one", gib) for name, gib in (("ours", 9.0), ("ours_uncached", 8.0), ("modelopt", 10.0))]
+    recorded = [row("ours", "graph", 9.5), row("ours_uncached", "graph", 8.25)]
+    assert bench._memory_notes(rows + recorded) == [
+        "int4 1x16 x8, one by one: peak without cached weights 8.00 GiB, 0.800 of modelopt's; the cache adds 1.00",
+        "int4 1x16 x8, graph: peak without cached weights 8.25 GiB; the cache adds 1.25",
+    ]
+    assert bench._memory_notes([row("ours_uncached", "graph", None)]) == []
