@@ -144,7 +144,10 @@ def _races(config: RunConfig, session: Session, fmt: str, found: dict[str, Any])
             said = [f"{fmt} {name}: no CUDA graph: {why}" for name, why in obstacles.items()]
             found["notes"] += [note for note in said if note.split(":")[0] not in known]
             rows = _race(config, session, ways, batches, (fmt, shape, accumulate))
-            found["attention"][shape] = profiling.attention_kernel(built[PLAIN].chunks, batches[:1], session)
+            launched = contenders.one_by_one(stream)
+            found["attention"][shape] = profiling.attention_kernel(built[PLAIN].chunks, launched, batches[:1], session)
+            for way in ways:
+                found["first_step_seconds"].setdefault(f"{fmt} {way.name} {way.launched}", way.first_seconds)
             if config.bench.profile:
                 what = {"format": fmt, "shape": shape, "accumulate": accumulate}
                 found["profiles"] += [what | profiling.profile(way, batches, session) for way in ways]
@@ -276,7 +279,7 @@ def _report(config: RunConfig, launch: Launch) -> dict[str, Any]:
         "backend": config.model.backend, "recompute": config.parallel.recompute,
         "model": contenders.hf_config_of(config), "steps": config.bench.steps, "repeats": config.bench.repeats,
         "versions": {name: version(name) for name in ("torch", "megatron-core", "nvidia-modelopt")},
-        "attention": {}, "modelopt_kernels": {}, "notes": [], "rows": [], "profiles": [],
+        "attention": {}, "modelopt_kernels": {}, "first_step_seconds": {}, "notes": [], "rows": [], "profiles": [],
     }  # fmt: skip
 
 

@@ -61,13 +61,15 @@ class Contender:
 
 @dataclass
 class Way:
-    """`gradients` stands for step.forward_backward; `peak_bytes` are those that this contender alone accounts for."""
+    """`gradients` stands for step.forward_backward; `peak_bytes` are those that this contender alone accounts for;
+    `first_seconds` is its first step's time, in which kernels that are not there yet are compiled."""
 
     name: str
     contender: Contender
     launched: Launched
     gradients: Gradients
     peak_bytes: int = 0
+    first_seconds: float | None = None
 
     def steps(self, batches: Sequence[list[Batch]], session: Session) -> list[float]:
         """Seconds of a step on each of `batches`."""
@@ -81,6 +83,8 @@ class Way:
                 )
                 _synchronize()
                 seconds.append(time.perf_counter() - began)
+        if self.first_seconds is None:
+            self.first_seconds = seconds[0]
         return seconds
 
     @contextlib.contextmanager

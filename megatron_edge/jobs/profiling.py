@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from megatron_edge.jobs.contenders import UNCACHED, Way
+from megatron_edge.jobs.contenders import UNCACHED, Gradients, Way
 from megatron_edge.model.build import chunks_of
 from megatron_edge.quantize import apply
 from megatron_edge.runtime.session import Session
@@ -48,10 +48,10 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name.lower())), OTHER)
 
 
-def attention_kernel(chunks: nn.ModuleList, batches: list[Batch], session: Session) -> str:
-    """Which of torch's attentions a model's forward and backward run. All ranks call it."""
+def attention_kernel(chunks: nn.ModuleList, gradients: Gradients, batches: list[Batch], session: Session) -> str:
+    """Which of torch's attentions a model's forward and backward run, launched by `gradients`. All ranks call it."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
-        step.forward_backward(chunks, batches, session, step.LABELS)
+        gradients(chunks, batches, session, step.LABELS)
     names = {event.key for event in profiler.key_averages()}
     return ", ".join(sorted({kind for name, kind in ATTENTION.items() if name in names})) or "unknown"
 

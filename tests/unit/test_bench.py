@@ -72,7 +72,10 @@ def test_a_tiny_run(tmp_path: Path) -> None:
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["step_ms"] > 0
         assert row["tflops_per_rank"] > 0 and row["mfu"] is None and row["peak_gib"] is None
         assert row["launched"] == "one by one"
-    assert report["attention"] == {"1x16": "flash"} and report["notes"] == [] and report["modelopt_kernels"] == {}
+    assert report["attention"] == {"1x16": "flash"} and report["first_step_seconds"].keys() == {
+        f"int4 {name} one by one" for name in names
+    }
+    assert report["notes"] == [] and report["modelopt_kernels"] == {}
     assert [one["contender"] for one in report["profiles"]] == names * 2
     for one in report["profiles"]:
         groups = one["groups_ms"]
