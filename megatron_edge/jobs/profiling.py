@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_edge.jobs.contenders import UNCACHED, Gradients, Way
 from megatron_edge.model.build import chunks_of
@@ -34,14 +35,26 @@ GROUPS = (
 )
 OTHER, LOSS, OPTIMIZER, GAPS = "elementwise", "loss", "optimizer", "gaps"
 TOP = 12
-# torch's name of what scaled_dot_product_attention became: what a report calls it.
+# torch's operation that scaled_dot_product_attention becomes -> what a report calls it; none of them: unfused.
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention": "flash",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
     "aten::_scaled_dot_product_cudnn_attention": "cudnn",
     "aten::_scaled_dot_product_efficient_attention": "memory-efficient",
-    "aten::_scaled_dot_product_attention_math": "unfused",
 }
+
+
+class _Attentions(TorchDispatchMode):
+    """Inside, `found` collects which of ATTENTION run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().split(".")[0] in ATTENTION:
+            self.found.add(ATTENTION[func.name().split(".")[0]])
+        return func(*args, **(kwargs or {}))
 
 
 def group_of(name: str) -> str:
@@ -50,10 +63,9 @@ def group_of(name: str) -> str:
 
 def attention_kernel(chunks: nn.ModuleList, gradients: Gradients, batches: list[Batch], session: Session) -> str:
     """Which of torch's attentions a model's forward and backward run, launched by `gradients`. All ranks call it."""
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _Attentions() as attentions:
         gradients(chunks, batches, session, step.LABELS)
-    names = {event.key for event in profiler.key_averages()}
-    return ", ".join(sorted({kind for name, kind in ATTENTION.items() if name in names})) or "unknown"
+    return ", ".join(sorted(attentions.found)) or "unfused"
 
 
 def profile(way: Way, batches: list[Batch], session: Session) -> dict[str, Any]:
