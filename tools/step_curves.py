@@ -30,6 +30,7 @@ import torch
 KINDS = ("ours", "modelopt")
 FORMATS = ("int4", "fp8", "nvfp4")  # those that modelopt calibrates by maxima alone, as we do here
 BATCH, TOKENS = 16, 128
+FORWARD_WINDOWS = 4  # of a micro-batch without gradient
 
 
 def main(arguments: list[str]) -> int:
@@ -124,7 +125,7 @@ def load(args: argparse.Namespace, config: Any, source: Any) -> Any:
 def train(args: argparse.Namespace, fmt: str, kind: str, seed: int) -> dict[str, Any]:
     """One run, on one process: the model as it comes, quantised in bf16's place, trained, evaluated."""
     from megatron_edge.contracts import ParallelPlan
-    from megatron_edge.jobs.training import DTYPES, EVALUATION_MICRO_BATCH
+    from megatron_edge.jobs.training import DTYPES
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.source import open_model
     from megatron_edge.runtime.session import open_session
@@ -139,12 +140,12 @@ def train(args: argparse.Namespace, fmt: str, kind: str, seed: int) -> dict[str,
         model = build_model(source.hf_config, session.plan, dtype, session.device)
         load_weights(model, source.read, source.hf_config, session)
         calibration = data.train.calibration(min(config.quant.calib_size, len(data.train)))
-        batches = calibration.split(EVALUATION_MICRO_BATCH)
+        batches = calibration.split(FORWARD_WINDOWS)
         quantise(config, fmt, kind, model, source.hf_config, lambda _: step.run_forward(model, batches, session))
         # modelopt's kernels are launched one by one, as its users do; ours are recorded, as our jobs do.
         stream = torch.cuda.Stream() if kind == "ours" and torch.cuda.is_available() else None
         wrapped, optimizer = step.make_trainable(model, config.train, dtype, stream=stream)
-        heldout = data.heldout.evaluation(config.data.eval_tokens).split(EVALUATION_MICRO_BATCH)
+        heldout = data.heldout.evaluation(config.data.eval_tokens).split(FORWARD_WINDOWS)
         heldout = [batch for batch in heldout if len(batch.tokens) == len(heldout[0].tokens)]
         before = step.evaluate(wrapped, heldout, session)
         fit(

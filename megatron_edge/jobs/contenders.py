@@ -266,9 +266,10 @@ def bound(
     quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: int, figures: tuple[float, float], plain: float
 ) -> float:
     """The ratio to a plain step of `plain` seconds, if quantising cost what its bytes take at the memory's whole
-    bandwidth, and products of two fp8 operands, in forward alone, took half of their time at the whole FLOP/s."""
+    bandwidth, and forward's products of operands that fp8 holds (int4 codes too) took half of their time at the whole
+    FLOP/s."""
     flop_rate, byte_rate = figures
     seconds = moved_bytes(quant, hf_config, tokens, accumulate) / byte_rate
-    if quant.weight == quant.activation == "fp8":
+    if quant.activation == "fp8" and quant.weight in ("fp8", "int4"):
         seconds -= memory.count_parameters(hf_config).linears * 2 * tokens * accumulate / flop_rate / 2
     return 1 + seconds / plain

@@ -22,7 +22,7 @@ import torch
 from megatron_edge.config import RunConfig
 from megatron_edge.jobs import contenders
 from megatron_edge.jobs.contenders import Gradients
-from megatron_edge.jobs.training import EVALUATION_MICRO_BATCH, recorded_steps
+from megatron_edge.jobs.training import recorded_steps
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import graph, step
@@ -32,6 +32,7 @@ from megatron_edge.train.text import TokenisedDocument
 
 log = logging.getLogger("megatron_edge")
 
+HELDOUT_WINDOWS = 4  # of a micro-batch of the evaluation
 DOCUMENT_TOKENS = 512  # mean length of a document, of an exponential distribution
 WARM_UP_STEPS = 2 * (graph.EAGER_STEPS + 1)  # windows of one document have a graph of their own
 
@@ -45,7 +46,7 @@ def compare(config: RunConfig, session: Session, fmt: str, keep: Callable[[dict[
     for shape in config.bench.shapes:
         windows, length = contenders.shape_of(shape)
         data = _windows(config, session, hf_config["vocab_size"], length)
-        heldout = data.evaluation(config.data.eval_tokens).split(EVALUATION_MICRO_BATCH)
+        heldout = data.evaluation(config.data.eval_tokens).split(HELDOUT_WINDOWS)
         heldout = [batch for batch in heldout if len(batch.tokens) == len(heldout[0].tokens)]
         for accumulate in config.bench.accumulate:
             plan = BatchPlan(data, windows * accumulate * session.plan.dp, windows)
