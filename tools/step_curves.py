@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ def main(arguments: list[str]) -> int:
         fmt, kind, seed = args.run.split(",")
         (args.out / f"{fmt}_{kind}_{seed}.json").write_text(json.dumps(train(args, fmt, kind, int(seed))))
         return 0
+    if args.redraw:
+        report = json.loads((args.out / "step_curves.json").read_text())
+        return tell(report["verdicts"], report["runs"], args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = [(fmt, kind, seed) for fmt in args.formats for seed in args.seeds for kind in reversed(KINDS)]
     began = time.perf_counter()
@@ -52,10 +56,17 @@ def main(arguments: list[str]) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     report = {"arguments": arguments, "device": device, "verdicts": verdicts, "runs": found}
     (args.out / "step_curves.json").write_text(json.dumps(report, indent=1))
-    draw(found, args.formats, args.out / "step_curves.png")
-    for one in verdicts:
-        print(sentence(one))
     print(f"{len(found)} runs of {args.steps} steps in {time.perf_counter() - began:.0f} s on {device}: {args.out}")
+    return tell(verdicts, found, args.out)
+
+
+def tell(verdicts: list[dict[str, Any]], runs: list[dict[str, Any]], out: Path) -> int:
+    for one in verdicts:
+        print(sentence(one), flush=True)
+    if find_spec("matplotlib") is None:
+        print(f"no picture: matplotlib is missing here; elsewhere: python tools/step_curves.py --out {out} --redraw")
+    else:
+        draw(runs, [one["format"] for one in verdicts], out / "step_curves.png")
     return 0 if all(one["holds"] for one in verdicts) else 1
 
 
@@ -66,13 +77,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         own, overrides = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model-source", required=True)
+    parser.add_argument("--model-source", help="as model.source of launch/qat.py")
+    parser.add_argument("--redraw", action="store_true", help="the picture and verdict of the losses that DIR holds")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["int4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--parallel", type=int, default=6, help="processes at a time; 0: one run after another, here")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # format,kind,seed: what a process of its own does
     args = parser.parse_args(own)
+    if args.model_source is None and not args.redraw:
+        parser.error("--model-source is missing; allowed: a directory, a hub name or a *.gguf file")
     if len(args.seeds) < 2:
         parser.error(f"--seeds {args.seeds}: their spread is asked for; allowed: two or more")
     args.overrides = overrides

@@ -49,4 +49,7 @@ def test_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert 0 < abs(ours["losses"][0] - theirs["losses"][0]) < 0.02
     assert code == (0 if report["verdicts"][0]["holds"] else 1)
     assert "int4: training" in capsys.readouterr().out
-    assert (tmp_path / "out" / "step_curves.png").read_bytes()[:4] == b"\x89PNG"
+    picture = tmp_path / "out" / "step_curves.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    picture.unlink()
+    assert step_curves.main(["--out", str(tmp_path / "out"), "--redraw"]) == code and picture.exists()
