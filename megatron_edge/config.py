@@ -43,7 +43,8 @@ NOT_IDENTITY = (
     "run_dir", "resume", "threads", "scenario", "artifact", "reference", "parallel", "export", "eval", "device",
     "runtimes", "budget", "sweep", "log", "cluster", "model.name", "model.backend", "quant.name", "quant.recipe",
     "kv.name", "search", "job", "bench", "train.max_skipped_steps", "train.checkpoint_every_steps",
-    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph", "train.fp8_gemm", "train.teacher_hf_config",
+    "train.keep_checkpoints", "train.log_every_steps", "train.cuda_graph", "train.fp8_gemm", "train.cache_weights",
+    "train.teacher_hf_config",
 )  # fmt: skip
 
 
@@ -148,6 +149,7 @@ class TrainConfig:
     fp8_gemm: bool | None = leaf(
         "forward products of layers with fp8 inputs in FP8 (torch._scaled_mm); null is wherever the device has them"
     )
+    cache_weights: bool = leaf("quantise each weight once in a step and keep it, else at each use; the same numbers")
     learning_rate: float = leaf("peak, after the warm-up", low=0.0)
     min_learning_rate: float = leaf("end of the cosine; null is a tenth of the peak", low=0.0, derived=True)
     warmup_steps: int = leaf("linear warm-up; null is a tenth of the steps", low=0, derived=True)
@@ -213,12 +215,15 @@ class SearchConfig:
 class BenchConfig:
     size: Literal["llama_1b", "tiny"] = leaf("the model that is timed, with random weights")
     formats: list[str] = leaf("presets of quant=")
-    against: list[Literal["ours", "modelopt"]] = leaf("what is timed beside the plain model: ours, ModelOpt's own")
+    against: list[Literal["ours", "ours_uncached", "modelopt"]] = leaf(
+        "what is timed beside the plain model: ours, also without train.cache_weights, ModelOpt's own"
+    )
     shapes: list[str] = leaf("micro-batches as windows x tokens, such as 4x2048")
     accumulate: list[int] = leaf("micro-batches of an optimiser step")
-    steps: int = leaf("timed optimiser steps in each repeat", low=1)
+    steps: int = leaf("timed micro-batches in each repeat, at least a whole step", low=1)
     repeats: int = leaf("rounds in which the contenders take turns", low=1)
-    output: str | None = leaf("the JSON file; null is bench_qat_step.json in run_dir")
+    profile: bool = leaf("also where the time of one step goes, kernel by kernel")
+    output: str | None = leaf("the JSON file; null is bench_<job>.json in run_dir")
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = leaf("continue from run_dir's newest checkpoint")
     threads: int = leaf("CPU threads per process; 0 shares the physical cores between this host's processes", low=0)
     artifact: str | None = leaf("verify and evaluate: an artifact's directory")
-    job: Literal["qat_step"] = leaf("what launch/bench.py times")
+    job: Literal["qat_step", "whole_job"] = leaf("what launch/bench.py times: a step, or a job's loop beside its step")
     runtimes: list[Runtime] = leaf("verify: those that must run the artifact; [] is all that are here, without demand")
     reference: str | None = leaf("verify: the run directory whose trained model the artifact is compared with")
     sweep: str | None = leaf("report: the directory of a sweep (with its sweep.json), whose runs are compared")

@@ -190,7 +190,7 @@ def training_plan(
                 optimizer_bytes=kept * per_parameter if train.steps else 0,
                 activations_bytes=_stage_activations_bytes(config, hf_config, layout, stage, micro_batches),
                 teacher_bytes=0 if teacher is None else _teacher_bytes(config, teacher, layout, stage, micro_batches),
-                quantizers_bytes=_quantizers_bytes(config, hf_config, layout, stage),
+                quantizers_bytes=_quantizers_bytes(config, hf_config, layout, stage, micro_batches),
             )
         )
     return tuple(stages)
@@ -258,11 +258,19 @@ def _adapter_parameters(
     return (trained[False], trained[True] // layout.ep), (adapted[False], adapted[True] // layout.ep)
 
 
-def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int) -> int:
+def _quantizers_bytes(
+    config: RunConfig, hf_config: Mapping[str, Any], layout: ParallelPlan, stage: int, micro_batches: int
+) -> int:
     """Fake-quantised weights of a stage, which one step keeps (quantize/apply.py: constant_weights), beside them the
-    codes that FP8 products multiply, and int4's fp32 maxima of each group."""
+    codes that FP8 products multiply, and int4's fp32 maxima of each group. Without train.cache_weights each micro-batch
+    in flight keeps its own for backward, or one layer's at a time where layers are recomputed."""
     dims, first, last = dims_of(hf_config), stage == 0, stage == layout.pp - 1
     rules, size = quant_rules(config.quant, hf_config), WEIGHT_BYTES[config.train.precision]
+    own_layers = sum(layers_per_chunk(dims.num_layers, layout)[stage :: layout.pp])
+    copies = 1.0
+    if not config.train.cache_weights:
+        at_once = _layers_in_flight(own_layers, layout, stage, micro_batches)
+        copies = (1 if config.parallel.recompute == "full" else at_once) / max(own_layers, 1)
     counts = layers_per_chunk(dims.num_layers, layout)
     mine = {
         layer
@@ -279,7 +287,7 @@ def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: P
             share = dims.num_experts / (layout.etp * layout.ep) if linear.is_expert else 1 / layout.tp
             scales = 4 / rule.group_size if rule.weight == "int4" else 0
             codes = 1 + scales if _keeps_codes(config) else 0
-            total += weights * share * (size + scales + codes)
+            total += weights * share * (copies * (size + codes) + scales)
     for table in tables_of(config.quant, hf_config):
         here = last if table.module == "output_layer" else first or (last and dims.tied)
         if table.format != "bf16" and here:
@@ -291,6 +299,9 @@ def _quantizers_bytes(config: RunConfig, hf_config: Mapping[str, Any], layout: P
 def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: ParallelPlan) -> int:
     """What backward needs of one layer for one token of a rank's part of the text: the tensors that torch's autograd
     keeps of model/layers.py and Megatron's MLP, one by one. Routed tokens are taken to spread evenly over experts.
+
+    With a mask, as packed documents need: windows of one document keep no mask, and with flash attention no key and
+    value for each head.
 
     After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, RoPE, grouped queries,
     fused attention, SwiGLU and experts, without dropout.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,17 +307,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     if config.train.fp8_gemm:
         fp8_gemm.use(wrapped)
     objective = _objective(run)
-    with (
-        MetricsWriter(run.directory, session.rank, after_step=found.step) as metrics,
-        TrainingProgress(steps, found.step, session.rank, config.train.log_every_steps) as progress,
-        tracked(config, session.rank) as track_metrics,
-    ):
-
-        def report(values: dict[str, float]) -> None:
-            metrics.write(values)
-            progress.update(values)
-            track_metrics(values)
-
+    with recorded_steps(config, session, found.step, steps) as report:
         fit(
             wrapped,
             optimizer,
@@ -331,6 +322,23 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
         )
     adapters.detach(wrapped)
     return wrapped
+
+
+@contextmanager
+def recorded_steps(config: RunConfig, session: Session, done: int, steps: int) -> Iterator[Callable[..., None]]:
+    """A function that takes each step's metrics, after `done` of `steps`: to run_dir, the log and the tracker."""
+    with (
+        MetricsWriter(config.run_dir, session.rank, after_step=done) as metrics,
+        TrainingProgress(steps, done, session.rank, config.train.log_every_steps) as progress,
+        tracked(config, session.rank) as track_metrics,
+    ):
+
+        def report(values: dict[str, float]) -> None:
+            metrics.write(values)
+            progress.update(values)
+            track_metrics(values)
+
+        yield report
 
 
 def _objective(run: _Run) -> step.Objective:

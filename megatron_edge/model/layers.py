@@ -145,9 +145,10 @@ def linear_of_values() -> Callable[..., Tensor]:
 
 
 class PackedAttention(nn.Module):
-    """Core attention on torch's fused kernel, confined to documents by the mask that the data gives.
+    """Core attention on torch's fused kernels: causal, or confined to documents by the mask that the data gives.
 
-    `attention_mask` is bool [b, 1, s, t], True where attention is not allowed. KV quantizers act on key and value
+    `attention_mask` is bool [b, 1, s, t], True where attention is not allowed; None is causal attention over the whole
+    window, which flash attention computes, over grouped keys and values as they are. KV quantizers act on key and value
     after rotation, as a runtime's cache sees them. Under context parallelism s is this rank's part of the text and t
     the whole, as the ranks' parts follow each other (train/step.py makes the mask so).
     """
@@ -158,13 +159,25 @@ class PackedAttention(nn.Module):
         self.scale = 1.0 / math.sqrt(config.kv_channels)
         self.gathers = config.context_parallel_size > 1
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
         if self.gathers:
             key, value = (_gather_parts(x) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        repeats = q.shape[1] // k.shape[1]
-        if repeats > 1:
+        causal, repeats = attention_mask is None, q.shape[1] // k.shape[1]
+        grouped = repeats > 1 and causal and _flash_takes_groups(q, k, v)
+        if repeats > 1 and not grouped:
             k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=~attention_mask, scale=self.scale)
+        allowed = None if attention_mask is None else ~attention_mask
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _flash_takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether flash attention runs here on fewer keys than queries; torch's other fused kernels never do, and what is
+    left to them would be computed unfused."""
+    if not q.is_cuda:
+        return False
+    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True))

@@ -84,8 +84,8 @@ def _quantised(x: Tensor, quantizer: Any) -> Tensor:
 def constant_weights(model: nn.Module) -> Iterator[None]:
     """Inside, weights do not change: each is quantised once, at its first use, and kept until the end (of the outer
     one, where two are nested)."""
-    named = ((name, q) for name, q in _quantizers(model) if name.endswith("weight_quantizer"))
-    quantizers = [q for _, q in named if not q.__dict__.get("_keep")]
+    states = ((q, q.__dict__) for q in _weight_quantizers(model))
+    quantizers = [q for q, state in states if state.get("_may_keep", True) and not state.get("_keep")]
     for quantizer in quantizers:
         quantizer._keep = True
     try:
@@ -93,6 +93,16 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             quantizer._keep, quantizer._kept, quantizer._kept_operand = False, None, None
+
+
+def set_weight_cache(model: nn.Module, kept: bool) -> None:
+    """Whether `constant_weights` keeps anything; else a weight is quantised at each use. Same bits, in place."""
+    for quantizer in _weight_quantizers(model):
+        quantizer._may_keep = kept
+
+
+def _weight_quantizers(model: nn.Module) -> list[Any]:
+    return [quantizer for name, quantizer in _quantizers(model) if name.endswith("weight_quantizer")]
 
 
 def _register() -> None:

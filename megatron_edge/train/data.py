@@ -74,6 +74,12 @@ def attention_mask(documents: torch.Tensor) -> torch.Tensor:
     return (other | later).unsqueeze(1)
 
 
+def several_documents(documents: torch.Tensor) -> bool:
+    """documents [b, s]: whether a window holds more than one segment (padding is a segment); else causality is all that
+    attention needs."""
+    return bool((documents != documents[:, :1]).any())
+
+
 def pack(documents: Iterable[TokenisedDocument], seq_length_tokens: int, pad_token: int) -> Windows:
     """Documents in order -> windows; the rest of the last window is a segment of padding that counts nowhere."""
     size = seq_length_tokens

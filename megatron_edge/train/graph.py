@@ -8,8 +8,8 @@ the optimizer stay outside, as they ask the device for numbers. Called by train/
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,58 +18,82 @@ from torch import Tensor, nn
 from megatron_edge.model.build import chunks_of
 from megatron_edge.runtime.session import Session
 from megatron_edge.train.data import Batch
-from megatron_edge.train.step import DeviceBatch, Objective, forward_backward, to_device
+from megatron_edge.train.step import DeviceBatch, Objective, forward_backward, needs_mask, to_device
 
 EAGER_STEPS = 2  # libraries and communicators set themselves up at their first use, which must not be recorded
 
 
+@dataclass
+class _Recording:
+    """What a graph reads and writes: its inputs, what the objective reports, and the number of tokens."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[DeviceBatch]
+    found: list[dict[str, Tensor]]
+    num_tokens: Tensor
+
+
 class StepGraph:
     """Takes the place of `step.forward_backward` for steps of one shape. The model's DistributedDataParallel must have
-    been made on `stream`: autograd accumulates gradients where the accumulators were made."""
+    been made on `stream`: autograd accumulates gradients where the accumulators were made.
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream, self._seen = stream, 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[DeviceBatch] = []
-        self._found: list[dict[str, Tensor]] = []
-        self._num_tokens: Tensor | None = None
+    Steps whose windows hold several documents have a graph of their own, with masks; both use the same memory, as do
+    all graphs of one `pool` (None: of its own), of which no two may run at a time."""
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any = None) -> None:
+        self._stream, self._pool = stream, pool or torch.cuda.graph_pool_handle()
+        self._seen = {True: 0, False: 0}  # by whether they have masks
+        self._recorded: dict[bool, _Recording] = {}
 
     def __call__(
         self, model: nn.ModuleList, batches: list[Batch], session: Session, objective: Objective
     ) -> list[dict[str, Tensor]]:
-        placed = [to_device(batch, session) for batch in batches]
-        if self._seen < EAGER_STEPS:
-            self._seen += 1
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                found = forward_backward(model, placed, session, objective)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return found
-        if self._graph is None:
-            self._inputs = placed
-            self._record(model, session, objective)
+        masked = any(needs_mask(batch, session) for batch in batches)
+        placed = [to_device(batch, session, masked) for batch in batches]
+        if self._seen[masked] < EAGER_STEPS:
+            self._seen[masked] += 1
+            return launched_one_by_one(model, placed, session, objective, self._stream)
+        if masked not in self._recorded:
+            self._recorded[masked] = self._record(model, placed, session, objective)
         else:
-            for kept, new in zip(self._inputs, placed, strict=True):
+            for kept, new in zip(self._recorded[masked].inputs, placed, strict=True):
                 _copy(new, kept)
-        assert self._graph is not None
-        self._graph.replay()
+        recorded = self._recorded[masked]
+        recorded.graph.replay()
         config = chunks_of(model)[0].config
-        config.finalize_model_grads_func(list(model), self._num_tokens)
-        return self._found
+        config.finalize_model_grads_func(list(model), recorded.num_tokens)
+        return recorded.found
 
-    def _record(self, model: nn.ModuleList, session: Session, objective: Objective) -> None:
+    def _record(
+        self, model: nn.ModuleList, inputs: list[DeviceBatch], session: Session, objective: Objective
+    ) -> _Recording:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with (
-            _finalizing_later(chunks_of(model)[0].config) as counted,
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            finalizing_later(chunks_of(model)[0].config) as counted,
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
-            self._found = forward_backward(model, self._inputs, session, objective)
-        self._graph, self._num_tokens = graph, counted[0]
+            found = forward_backward(model, inputs, session, objective)
+        return _Recording(graph, inputs, found, counted[0])
+
+
+def launched_one_by_one(
+    model: nn.ModuleList,
+    batches: Sequence[Batch | DeviceBatch],
+    session: Session,
+    objective: Objective,
+    stream: torch.cuda.Stream,
+) -> list[dict[str, Tensor]]:
+    """`step.forward_backward` on `stream`."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = forward_backward(model, batches, session, objective)
+    torch.cuda.current_stream().wait_stream(stream)
+    return found
 
 
 @contextlib.contextmanager
-def _finalizing_later(config: Any) -> Iterator[list[Tensor]]:
+def finalizing_later(config: Any) -> Iterator[list[Tensor]]:
     """Inside, gradients are not summed over replicas nor divided by their tokens, whose number is kept instead."""
     finalize, counted = config.finalize_model_grads_func, []
     config.finalize_model_grads_func = lambda model, num_tokens, **_: counted.append(num_tokens)

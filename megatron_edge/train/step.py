@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize import adapters
-from megatron_edge.quantize.apply import constant_weights
+from megatron_edge.quantize.apply import constant_weights, set_weight_cache
 from megatron_edge.runtime.session import Session, context_positions, gather_context
 from megatron_edge.runtime.watchdog import mark
-from megatron_edge.train.data import Batch, attention_mask
+from megatron_edge.train.data import Batch, attention_mask, several_documents
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,35 @@ class StepResult:
 
 @dataclass
 class DeviceBatch:
-    """This rank's part of a micro-batch on the device, with its attention mask (bool [b, 1, s, t], True: not allowed):
-    s is the part of the text that context parallelism gives to this rank, t all of it. `target` is what an objective
-    compares with, beside the labels."""
+    """This rank's part of a micro-batch on the device, with its attention mask (bool [b, 1, s, t], True: not allowed;
+    None: causal): s is the part of the text that context parallelism gives to this rank, t all of it. `target` is what
+    an objective compares with, beside the labels."""
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     loss_mask: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     target: Any = None
 
 
-def to_device(batch: Batch | DeviceBatch, session: Session) -> DeviceBatch:
+def needs_mask(batch: Batch, session: Session) -> bool:
+    """Whether attention within these windows, on this rank's part of them, is more than causal."""
+    return session.plan.cp > 1 or several_documents(batch.documents)
+
+
+def to_device(batch: Batch | DeviceBatch, session: Session, masked: bool | None = None) -> DeviceBatch:
+    """`masked`: with an attention mask; None: where it needs one."""
     if isinstance(batch, DeviceBatch):
         return batch
     mark()
-    mask, plan, length = attention_mask(batch.documents.to(session.device)), session.plan, batch.tokens.shape[1]
+    plan, length, mask = session.plan, batch.tokens.shape[1], None
+    if needs_mask(batch, session) if masked is None else masked:
+        mask = attention_mask(batch.documents.to(session.device))
     if plan.cp > 1:
         parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
         mine = parts[session.cp_rank]
+        assert mask is not None
         mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
         batch = Batch(*(part[:, mine] for part in batch))
     return DeviceBatch(
@@ -116,6 +125,7 @@ def make_trainable(
         list(wrapped),
     )
     adapters.let_gradients_pass(wrapped)
+    set_weight_cache(wrapped, train.cache_weights)
     config = chunks[0].config  # of all chunks
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E402
 
-STEPS = 7
+STEPS = 9
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
@@ -62,8 +62,11 @@ def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool
     objective = Distillation(build(llama, session), composed.train, session) if mode == "qad" else step.LABELS
     gradients = StepGraph(stream) if stream is not None else step.forward_backward
     found = []
-    for at in range(STEPS):  # other samples at each step
+    for at in range(STEPS):  # other samples at each step; every second holds two documents, which need masks
         mine = [batch._replace(tokens=batch.tokens.roll(at, 1), labels=batch.labels.roll(at, 1)) for batch in batches]
+        if at % 2:
+            half = mine[0].tokens.shape[1] // 2
+            mine[1] = mine[1]._replace(documents=(mine[1].positions >= half).int(), positions=mine[1].positions % half)
         found.append(step.train_step(wrapped, optimizer, mine, session, objective, gradients))
     weights = {name: param.detach().float() for name, param in named_shards(wrapped).items()}
     return {"losses": [r.loss for r in found], "norms": [r.gradient_norm for r in found], "weights": weights}

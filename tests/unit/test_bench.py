@@ -10,7 +10,8 @@ import pytest
 from megatron_edge.compose import compose
 from megatron_edge.config import RunConfig
 from megatron_edge.contracts import InputError, ParallelPlan
-from megatron_edge.jobs import bench
+from megatron_edge.jobs import bench, contenders, whole_job
+from megatron_edge.log import read_metrics
 from megatron_edge.runtime.launcher import Launch
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, threads=1, plan=ParallelPlan(), store=None)
@@ -42,24 +43,68 @@ def test_flops_and_bytes_by_hand() -> None:
     scores = layers * tokens * heads * 2 / 2  # q k' and p v, of which causality leaves a half
     flops = 6 * (linears + vocabulary * hidden) + 3 * 2 * scores
     config = compose([])
-    hf_config = bench._hf_config(config)
-    assert bench._flops_per_token(hf_config, tokens) == flops
-    fp8, int4 = bench._quant(config, "fp8"), bench._quant(config, "int4")
-    assert bench._moved_bytes(int4, hf_config, tokens, 8) == 4 * linears
+    hf_config = contenders.hf_config_of(config)
+    assert contenders.flops_per_token(hf_config, tokens) == flops
+    fp8, int4 = contenders.quant_of(config, "fp8"), contenders.quant_of(config, "int4")
+    assert contenders.moved_bytes(int4, hf_config, tokens, 8) == 4 * linears
     inputs = layers * (hidden + heads + hidden + ffn) * tokens
-    assert bench._moved_bytes(fp8, hf_config, tokens, 8) == 4 * linears + 8 * 4 * inputs
+    moved = 4 * linears + 8 * 4 * inputs
+    assert contenders.moved_bytes(fp8, hf_config, tokens, 8) == moved
+    assert contenders.bound(int4, hf_config, tokens, 8, (1e15, 1e12), 0.5) == 1 + 4 * linears / 1e12 / 0.5
+    faster = 8 * 2 * linears * tokens / 2e15
+    assert contenders.bound(fp8, hf_config, tokens, 8, (1e15, 1e12), 0.5) == pytest.approx(
+        1 + 2 * (moved / 1e12 - faster)
+    )
 
 
 def test_a_tiny_run(tmp_path: Path) -> None:
     config = prepared(
-        tmp_path, "bench.formats=[int4]", "bench.shapes=[1x16]", "bench.accumulate=[2]", "bench.steps=1",
-        "bench.repeats=2", "train.precision=fp32",
+        tmp_path, "bench.formats=[int4]", "bench.shapes=[1x16]", "bench.accumulate=[1,2]", "bench.steps=1",
+        "bench.repeats=2", "train.precision=fp32", "bench.against=[ours,ours_uncached,modelopt]", "bench.profile=true",
     )  # fmt: skip
-    bench.qat_step(config, ALONE)
+    bench.run(config, ALONE)
     report = json.loads((tmp_path / "bench_qat_step.json").read_text())
-    rows = {row["contender"]: row for row in report["rows"]}
-    assert list(rows) == ["plain", "ours", "modelopt"] and report["device"] == "cpu"
-    assert rows["plain"]["ratio"] == rows["plain"]["ratio_max"] == 1
+    rows = {(row["contender"], row["accumulate"]): row for row in report["rows"]}
+    names = ["plain", "ours", "ours_uncached", "modelopt"]
+    assert list(rows) == [(name, count) for count in (1, 2) for name in names] and report["device"] == "cpu"
+    assert rows["plain", 2]["ratio"] == rows["plain", 2]["ratio_max"] == 1
     for row in rows.values():
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["step_ms"] > 0
         assert row["tflops_per_rank"] > 0 and row["mfu"] is None and row["peak_gib"] is None
+        assert row["launched"] == "one by one"
+    assert report["attention"] == {"1x16": "flash"} and report["first_step_seconds"].keys() == {
+        f"int4 {name} one by one" for name in names
+    }
+    assert report["notes"] == [] and report["modelopt_kernels"] == {}
+    assert [one["contender"] for one in report["profiles"]] == names * 2
+    for one in report["profiles"]:
+        groups = one["groups_ms"]
+        assert {"attention", "GEMM", "loss", "optimizer", "elementwise"} <= groups.keys() and min(groups.values()) >= 0
+        assert 0 < sum(groups.values()) <= 1.01 * one["wall_ms"]
+
+
+def test_a_tiny_whole_job(tmp_path: Path) -> None:
+    config = prepared(
+        tmp_path, "job=whole_job", "bench.formats=[int4]", "bench.shapes=[2x64]", "bench.accumulate=[2]",
+        "bench.repeats=2", "train.steps=3", "train.precision=fp32", "data.eval_tokens=512",
+    )  # fmt: skip
+    bench.run(config, ALONE)
+    (row,) = json.loads((tmp_path / "bench_whole_job.json").read_text())["rows"]
+    assert row["steps"] == 3 and row["eval_tokens"] == 512 and row["bare_ms"] > 0
+    assert row["loop_ratio"] < row["job_ratio"] and row["job_ratio_min"] <= row["job_ratio"] <= row["job_ratio_max"]
+    steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    first = whole_job.WARM_UP_STEPS + 1
+    assert steps == list(range(first, first + 2 * 3)), "the loop's own metrics, each step once"
+
+
+def test_what_is_said_of_memory() -> None:
+    def row(name: str, launched: str, gib: float | None) -> bench.Row:
+        return bench.Row("int4", name, launched, "1x16", 8, 1.0, 1.0, 1.0, 1.0, gib, 1.0, None, None, None)
+
+    rows = [row(name, "one by one", gib) for name, gib in (("ours", 9.0), ("ours_uncached", 8.0), ("modelopt", 10.0))]
+    recorded = [row("ours", "graph", 9.5), row("ours_uncached", "graph", 8.25)]
+    assert bench._memory_notes(rows + recorded) == [
+        "int4 1x16 x8, one by one: peak without cached weights 8.00 GiB, 0.800 of modelopt's; the cache adds 1.00",
+        "int4 1x16 x8, graph: peak without cached weights 8.25 GiB; the cache adds 1.25",
+    ]
+    assert bench._memory_notes([row("ours_uncached", "graph", None)]) == []

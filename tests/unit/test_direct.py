@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_edge.compose import compose
 from megatron_edge.model.build import chunks_of, forward
-from megatron_edge.quantize import apply, plain_modelopt, policy
+from megatron_edge.quantize import apply, kernels, plain_modelopt, policy
 from megatron_edge.train import step
 
 RECIPES = {
@@ -102,3 +102,18 @@ def test_modelopts_own_layers_beside_ours(llama: Any, session: Any) -> None:
     for model, is_ours in ((before, True), (theirs, False), (after, True)):
         losses, _, kinds = loss_and_gradients(model, session)
         assert losses.isfinite().all() and ("LinearOfValuesBackward" in kinds) == is_ours
+
+
+def test_weights_that_are_not_cached_give_the_same_bits(
+    llama: Any, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised once in a step of two micro-batches, or at each use."""
+    model = quantised(llama, session, RECIPES["int4"], torch.float32)
+    calls, quantise = [], kernels.fake_quantize
+    monkeypatch.setattr(kernels, "fake_quantize", lambda *args: (calls.append(1), quantise(*args))[1])
+    losses, gradients, _ = loss_and_gradients(model, session)
+    assert len(calls) == 2 * 4
+    apply.set_weight_cache(model, False)
+    again, others, _ = loss_and_gradients(model, session)
+    assert len(calls) == 2 * 4 + 2 * 2 * 4
+    assert again.equal(losses) and all(gradient.equal(others[name]) for name, gradient in gradients.items())

@@ -15,7 +15,7 @@ from megatron_edge.contracts import ParallelPlan
 from megatron_edge.families import dims_of
 from megatron_edge.model.build import build_model, chunks_of, forward
 from megatron_edge.model.hf_config import checked_config
-from megatron_edge.quantize import apply, fp8_gemm
+from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt
 from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train.data import Batch
 from megatron_edge.train.step import to_device
@@ -41,16 +41,22 @@ def configured(*arguments: str) -> RunConfig:
     return compose.compose([f"train.seq_length_tokens={TOKENS}", "train.precision=bf16", *arguments])
 
 
-def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[int, int]:
-    """(bytes that autograd keeps of a forward pass with loss, those of fake-quantised weights among them)."""
+def built(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[Any, Batch]:
+    """A model with random weights, and a window of two documents, which needs a mask."""
     hf_config, torch_dtype = checked_config(raw, "the test's model"), DTYPES[config.train.precision]
     model = build_model(hf_config, session.plan, torch_dtype, session.device, config.parallel.recompute).train()
     for weight in model.parameters():
         weight.data.normal_(0, 0.05)
     ids = torch.randint(0, raw["vocab_size"], (1, TOKENS))
     places, counted = torch.arange(TOKENS)[None], torch.ones_like(ids, dtype=torch.bool)
-    batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), places, counted, ids.roll(-1, 1))
-    plan = make_plan(config.quant, config.kv, hf_config)
+    documents = (places >= TOKENS // 2).int()
+    return model, Batch(ids, documents, places % (TOKENS // 2), counted, ids.roll(-1, 1))
+
+
+def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[int, int]:
+    """(bytes that autograd keeps of a forward pass with loss, those of weights that are kept for the step)."""
+    model, batch = built(raw, config, session)
+    plan = make_plan(config.quant, config.kv, checked_config(raw, "the test's model"))
     if plan.rules or plan.kv != "none":
         apply.calibrate(
             model,
@@ -58,6 +64,13 @@ def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[i
             apply.insert_quantizers(model, plan),
             lambda _: forward(chunks_of(model)[0], to_device(batch, session)),
         )
+    apply.set_weight_cache(model, config.train.cache_weights)
+    if config.train.fp8_gemm:
+        fp8_gemm.use(model)
+    return kept_by_autograd(model, batch, session)
+
+
+def kept_by_autograd(model: Any, batch: Batch, session: Any) -> tuple[int, int]:
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -67,8 +80,6 @@ def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[i
             found[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its place would be used again
         return tensor
 
-    if config.train.fp8_gemm:
-        fp8_gemm.use(model.train())
     with apply.constant_weights(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(model[0], to_device(batch, session), labels=batch.labels)
         kept = [module._kept for module in model.modules() if getattr(module, "_kept", None) is not None]
@@ -114,9 +125,41 @@ def test_quantizers_keep_a_copy_of_the_weights(arguments: tuple[str, ...], sessi
     assert after - before == pytest.approx(DENSE["num_hidden_layers"] * TOKENS * (more[1] - more[0]), abs=256)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_weights_that_are_not_kept_for_a_step(recompute: str, session: Any) -> None:
+    """Backward needs them all the same, until it has passed their layer; recomputed layers keep none."""
+    quantised = configured("quant=int4", "quant.embedding=int8", f"parallel.recompute={recompute}")
+    uncached = replace(quantised, train=replace(quantised.train, cache_weights=False))
+    activations, weights = saved_bytes(DENSE, quantised, session)
+    together, nothing = saved_bytes(DENSE, uncached, session)
+    table = 2 * DENSE["vocab_size"] * DENSE["hidden_size"]
+    layers = 0 if recompute == "full" else weights - table
+    assert nothing == 0 and together - activations == layers + table
+    hf_config = checked_config(DENSE, "the test's model")
+    (with_cache,) = memory.training_plan(quantised, hf_config, ParallelPlan())
+    (without,) = memory.training_plan(uncached, hf_config, ParallelPlan())
+    saved = (weights - table) // 2 if recompute == "full" else 0  # of two layers' one is made at a time
+    assert with_cache.quantizers_bytes - without.quantizers_bytes == saved
+    pipelined = replace(uncached, train=replace(uncached.train, global_batch=8, micro_batch=1))
+    first, last = memory.training_plan(pipelined, hf_config, ParallelPlan(pp=2, world_size=2))
+    assert (first.quantizers_bytes > last.quantizers_bytes) == (recompute == "none"), "two micro-batches in flight"
+
+
+@pytest.mark.parametrize("quant", ["int4", "fp8"])
+def test_no_more_than_modelopts_own(quant: str, session: Any) -> None:
+    """What backward keeps, weights not cached, beside modelopt's quantizers in the same model."""
+    raw = DENSE | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # whole groups of 128
+    config = configured(f"quant={quant}", "train.cache_weights=false")
+    ours, _ = saved_bytes(raw, config, session)
+    model, batch = built(raw, config, session)
+    plain_modelopt.quantize(model, quant, lambda _: forward(chunks_of(model)[0], to_device(batch, session)))
+    theirs, _ = kept_by_autograd(model, batch, session)
+    assert ours <= 1.05 * theirs
+
+
 # (model, layout, distributed optimizer, GiB): peaks of torch.cuda.max_memory_allocated on two H200s, bf16, 8 sequences
-# of 2048 tokens one by one: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP PP2 DP2DO CP2`
-# and the same with `--model experts`.
+# of 2048 tokens one by one, with masks: `torchrun --nproc-per-node 2 tools/layout_speed.py --layouts reference TP2SP
+# PP2 DP2DO CP2` and the same with `--model experts`.
 MEASURED = [
     (layout_speed.DENSE, ParallelPlan(), False, 22.1),
     (layout_speed.DENSE, ParallelPlan(dp=2, world_size=2), True, 16.3),
