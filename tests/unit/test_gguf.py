@@ -20,8 +20,9 @@ from megatron_edge.artifact import formats
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.contracts import InputError
 from megatron_edge.export.targets import convert, gguf_tokenizer
-from megatron_edge.verify import llama_cpp
+from megatron_edge.verify import gguf_tensors, llama_cpp
 from megatron_edge.verify.quality import Windows, load_model, score
+from megatron_edge.verify.references import References
 from tests.unit.any_artifact import any_artifact
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 
@@ -94,10 +95,10 @@ def test_llama_cpp_reads_and_runs_every_family(made, case: str) -> None:
     """Every tensor, the tokens of a text, losses and likeliest tokens: what verify checks, and that it ran."""
     reader, directory = made(case)
     model, text = load_model(reader, torch.float32, cache=False), windows()
-    found = llama_cpp.check_gguf(reader, "target gguf", directory, text, score(model, text, 0).nll)
+    found = llama_cpp.check_gguf(References(reader, text), "target gguf", directory, score(model, text, 0).nll)
     for check in found.checks:
         print(f"{check.metric}: {check.value} (limit {check.limit}) {check.detail}")
-    assert [check.metric for check in found.checks if not check.ok] == [] and len(found.checks) == 6
+    assert [check.metric for check in found.checks if not check.ok] == [] and len(found.checks) == 8
     ran = found.runtimes["llama.cpp"]
     assert not found.not_run and ran["answer_tokens"] > 0 and ran["peak_rss_bytes"] > ran["rss_before_bytes"] > 0
     assert f"KV {'q8_0' if CASES[case][3] == 'int8' else 'f16'}" in ran["recipe"], ran["recipe"]
@@ -127,7 +128,7 @@ def test_a_file_that_is_another_model_fails(made, tmp_path: Path, damage: str) -
     else:
         data[begin + (1 if damage == "weight" else 0)] ^= 0x08
     (tmp_path / "model.gguf").write_bytes(data)
-    check = llama_cpp.check_tensors(reader, "target gguf", tmp_path / "model.gguf")
+    (check,) = gguf_tensors.check_file(reader, "target gguf", tmp_path / "model.gguf")
     linear = {"scale": "2.mlp.up_proj", "row": "0.self_attn.k_proj", "weight": "3.mlp.down_proj"}[damage]
     assert (check.ok, check.value) == (False, 1.0) and f"layers.{linear}" in check.detail
 
