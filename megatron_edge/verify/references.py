@@ -19,11 +19,19 @@ Rounding = Callable[[ArtifactReader, Any], None]
 
 
 class References:
-    """`windows`, and what the artifact says of them, with logits of the first `keep_logits` windows."""
+    """`windows`, and what the artifact says of them, with logits of the first `keep_logits` windows. `in_full`: this text
+    was asked for, and no check takes a part of it."""
 
-    def __init__(self, reader: ArtifactReader, windows: Windows, keep_logits: int = 1) -> None:
-        self.reader, self.windows, self.keep_logits = reader, windows, min(keep_logits, len(windows))
+    def __init__(self, reader: ArtifactReader, windows: Windows, keep_logits: int = 1, in_full: bool = False) -> None:
+        self.reader, self.windows, self.in_full = reader, windows, in_full
+        self.keep_logits = min(keep_logits, len(windows))
         self._runs: dict[tuple[Any, ...], Run] = {}
+
+    def part(self, windows: int) -> References:
+        """These, or where no one asked for all of them the first `windows`."""
+        if self.in_full or windows >= len(self.windows):
+            return self
+        return References(self.reader, self.windows.first(windows), self.keep_logits)
 
     def run(
         self,
@@ -33,16 +41,18 @@ class References:
         cache: bool = True,
         tables: torch.dtype = torch.float32,
         rounding: Rounding | None = None,
+        with_noise: bool = True,
     ) -> Run:
-        """As `load_model` takes them; `rounding` gives the model what else a runtime rounds."""
+        """As `load_model` takes them; `rounding` gives the model what else a runtime rounds. `with_noise` False is for a
+        recipe without any rounding, whose noise is far below what is asked of a runtime."""
         manifest = self.reader.manifest
         quantised_inputs = activations and any(x.activation != "none" for x in manifest.linears.values())
         quantised_cache = cache and manifest.kv.get("format", "none") != "none"
         kept_tables = tables if manifest.tables else None
         key = (dtype, device, quantised_inputs, quantised_cache, kept_tables, rounding)
-        if key not in self._runs:
+        if key not in self._runs or (with_noise and not self._runs[key].noise):
             model = load_model(self.reader, dtype, device, activations=activations, cache=cache, tables=tables)
             if rounding is not None:
                 rounding(self.reader, model)
-            self._runs[key] = run_artifact(model, self.windows, self.keep_logits)
+            self._runs[key] = run_artifact(model, self.windows, self.keep_logits, with_noise)
         return self._runs[key]
