@@ -19,8 +19,8 @@ Rounding = Callable[[ArtifactReader, Any], None]
 
 
 class References:
-    """`windows`, and what the artifact says of them, with logits of the first `keep_logits` windows. `in_full`: this text
-    was asked for, and no check takes a part of it."""
+    """`windows`, and what the artifact says of them, with logits of the first `keep_logits`. `in_full`: this text was
+    asked for, and no check takes a part of it."""
 
     def __init__(self, reader: ArtifactReader, windows: Windows, keep_logits: int = 1, in_full: bool = False) -> None:
         self.reader, self.windows, self.in_full = reader, windows, in_full
@@ -43,8 +43,8 @@ class References:
         rounding: Rounding | None = None,
         with_noise: bool = True,
     ) -> Run:
-        """As `load_model` takes them; `rounding` gives the model what else a runtime rounds. `with_noise` False is for a
-        recipe without any rounding, whose noise is far below what is asked of a runtime."""
+        """As `load_model` takes them; `rounding` gives the model what else a runtime rounds. `with_noise` False is for
+        recipes without any rounding, whose noise is far below what is asked of a runtime."""
         manifest = self.reader.manifest
         quantised_inputs = activations and any(x.activation != "none" for x in manifest.linears.values())
         quantised_cache = cache and manifest.kv.get("format", "none") != "none"
