@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from megatron_edge.verify.references import References
 PACKAGE = "xllamacpp"
 DECODED_WINDOWS, MOST_DECODED_BYTES = 8, 8_000_000_000
 WATCHED_TOKENS = 30  # of which two are a remainder in kernels that take four or eight rows at once
+LEAST_WINDOWS = 4  # of one process, which loads the model for them
 THREADS = 1  # llama.cpp's threads spin where they wait: two on a core that others use too are a hundred times slower
 CONTEXT_TOKENS, ANSWER_TOKENS = 512, 48
 PROMPT = "In one sentence: what is an embedded computer?"
@@ -66,7 +69,7 @@ def check_gguf(references: References, label: str, directory: Path, trained_nll:
     found = Findings(gguf_tensors.check_file(reader, label, file, gguf_tensors.Products(watched)))
     tokenizer = load_tokenizer(reader.directory)
     texts = [TRICKY, *(tokenizer.decode(row) for row in windows.tokens[:2])]
-    scored, arrays = run_llama_cpp({**told, "task": "score", "texts": texts}, windows)
+    scored, arrays = score({**told, "texts": texts}, windows)
     expected = [tokenizer(text).input_ids for text in texts]
     problems = [
         f"{text[:40]!r}"
@@ -131,6 +134,20 @@ def run_llama_cpp(request: dict[str, Any], windows: Windows | None) -> tuple[dic
     return answer, arrays
 
 
+def score(request: dict[str, Any], windows: Windows) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Task score of llama_process.py, windows shared between as many processes as this one has threads. llama.cpp's own
+    threads would share every product instead, and spin. Of the answers the first is given back."""
+    number = max(1, min(torch.get_num_threads(), len(windows) // LEAST_WINDOWS))
+    edges = [len(windows) * part // number for part in range(number + 1)]
+    with ThreadPoolExecutor(number) as pool:
+        parts = [
+            pool.submit(run_llama_cpp, {**request, "task": "score"}, windows.slice(begin, end))
+            for begin, end in itertools.pairwise(edges)
+        ]
+        answers, arrays = zip(*(part.result() for part in parts), strict=True)
+    return answers[0], {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
+
+
 def describe_recipe(reader: ArtifactReader, log: list[str], kv: str) -> str:
     """What was computed with what: weights and inputs by the formats of the file, the cache as llama.cpp says it.
 
@@ -180,8 +197,7 @@ def _compare_decoded(found: Findings, references: References, label: str, file: 
     with tempfile.TemporaryDirectory() as directory:
         decoded = Path(directory) / FILE
         run_llama_cpp({"task": "rewrite", "gguf": str(file), "to": str(decoded)}, None)
-        request = {"task": "score", "gguf": str(decoded), "kv": "fp32", "threads": THREADS, "texts": []}
-        _, arrays = run_llama_cpp(request, windows)
+        _, arrays = score({"gguf": str(decoded), "kv": "fp32", "threads": THREADS, "texts": []}, windows)
     theirs = Answers(torch.from_numpy(arrays["nll"]), torch.from_numpy(arrays["top"]))
     ours, _ = answers_of(references.run(torch.float32, activations=False, cache=False, with_noise=False))
     found.checks += compare(f"{label}, weights decoded to F32", windows, ours, theirs)
