@@ -164,6 +164,20 @@ def test_llama_cpp_decodes_what_the_gguf_package_decodes(made, tmp_path: Path, c
     assert told[0] == told[1]
 
 
+def test_windows_shared_between_processes_are_answered_as_by_one(made) -> None:
+    text, directory = windows(), made("llama")[1]
+    eight = Windows(*(torch.cat((part, part.flip(0))) for part in vars(text).values()))
+    request = {"gguf": str(directory / "model.gguf"), "kv": "int8", "threads": 1, "texts": []}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        _, shared = llama_cpp.score(request, eight)
+    finally:
+        torch.set_num_threads(before)
+    _, alone = llama_cpp.run_llama_cpp({**request, "task": "score"}, eight)
+    assert all(np.array_equal(shared[name], alone[name]) for name in ("nll", "top"))
+
+
 def test_a_file_that_llama_cpp_cannot_read_is_an_error_of_its_process(made, tmp_path: Path) -> None:
     _, directory = made("llama")
     (tmp_path / "model.gguf").write_bytes((directory / "model.gguf").read_bytes()[:-5000])
