@@ -72,6 +72,8 @@ def prove(name: str, directory: Path, tokens: int, overrides: list[str]) -> dict
     targets, runtimes = (",".join(part) for part in (chosen.targets, chosen.runtimes))
     export = ["launch/export.py", run_dir, f"export.targets=[{targets}]"]
     codes["export"] = run(python + export, directory.with_suffix(".export.log"), f"{name}: export")
+    if codes["export"]:
+        return {"codes": codes}
     verify = ["launch/verify.py", run_dir, f"runtimes=[{runtimes}]", f"data.eval_tokens={tokens}"]
     found = _verified(directory)
     if found.get("command") != verify:
