@@ -42,7 +42,7 @@ from megatron_edge.verify.quality import Windows
 from megatron_edge.verify.references import References
 
 PACKAGE = "xllamacpp"
-DECODED_WINDOWS, MOST_DECODED_BYTES = 8, 8_000_000_000
+MOST_DECODED_BYTES = 8_000_000_000
 WATCHED_TOKENS = 30  # of which two are a remainder in kernels that take four or eight rows at once
 LEAST_WINDOWS = 4  # of one process, which loads the model for them
 THREADS = 1  # llama.cpp's threads spin where they wait: two on a core that others use too are a hundred times slower
@@ -78,10 +78,7 @@ def check_gguf(references: References, label: str, directory: Path, trained_nll:
     ]
     found.checks.append(failures(label, "texts that llama.cpp splits into other tokens", problems))
     row: dict[str, Any] = {"target": "gguf", "status": "ran", **_compare(found, references, label, arrays, trained_nll)}
-    row |= {
-        f"decoded_{name}": value
-        for name, value in _compare_decoded(found, references.part(DECODED_WINDOWS), label, file).items()
-    }
+    row |= {f"decoded_{name}": value for name, value in _compare_decoded(found, references, label, file).items()}
     row |= converse(reader, file, kv) | {
         "version": f"{PACKAGE} {importlib.metadata.version(PACKAGE)}",
         "recipe": describe_recipe(reader, scored["log"], kv),

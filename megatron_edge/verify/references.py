@@ -19,19 +19,11 @@ Rounding = Callable[[ArtifactReader, Any], None]
 
 
 class References:
-    """`windows`, and what the artifact says of them, with logits of the first `keep_logits`. `in_full`: this text was
-    asked for, and no check takes a part of it."""
+    """`windows`, and what the artifact says of them, with logits of the first `keep_logits`."""
 
-    def __init__(self, reader: ArtifactReader, windows: Windows, keep_logits: int = 1, in_full: bool = False) -> None:
-        self.reader, self.windows, self.in_full = reader, windows, in_full
-        self.keep_logits = min(keep_logits, len(windows))
+    def __init__(self, reader: ArtifactReader, windows: Windows, keep_logits: int = 1) -> None:
+        self.reader, self.windows, self.keep_logits = reader, windows, min(keep_logits, len(windows))
         self._runs: dict[tuple[Any, ...], Run] = {}
-
-    def part(self, windows: int) -> References:
-        """These, or where no one asked for all of them the first `windows`."""
-        if self.in_full or windows >= len(self.windows):
-            return self
-        return References(self.reader, self.windows.first(windows), self.keep_logits)
 
     def run(
         self,

@@ -103,7 +103,7 @@ def verify_artifact(
         _merge(found, _check_model(reader, reference, asked, limits))
         _merge(found, check_device(reader, limits))
         if asked is not None and text is not None and not text.equal(asked.windows):
-            asked = References(reader, text, asked.keep_logits, in_full=True)
+            asked = References(reader, text, asked.keep_logits)
         targets = runtimes.find_targets(artifact_dir) if targets is None else targets
         _merge(found, _check_targets(asked, reference, targets))
         found.checks += check_runtime_memory(found, limits) + check_asked(found, limits.runtimes)

@@ -54,7 +54,7 @@ def find_targets(artifact_dir: Path) -> dict[str, Path]:
 def check_target(
     references: References, name: str, directory: Path, trained_nll: torch.Tensor | None = None
 ) -> Findings:
-    """Read one target as its runtime does, on all windows of `references`, whose losses in the trained model are
+    """Read one target as its runtime does, on the windows of `references`, whose losses in the trained model are
     `trained_nll`, fp32 [n, s]."""
     label, reader = f"target {name}", references.reader
     if name == "gguf":
