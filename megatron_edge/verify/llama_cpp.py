@@ -173,8 +173,8 @@ def _compare(
     run = references.run(torch.float32, activations=False, cache=False, rounding=round_as_llama_cpp)
     ours, noise = answers_of(run)
     found.checks += compare(label, windows, ours, theirs, noise, "like-for-like reference")
-    found.losses["llama.cpp"] = float((theirs.nll * windows.loss_mask).sum()) / windows.counted_tokens
-    if trained_nll is not None:
+    if trained_nll is not None:  # the text on which training measured the other losses
+        found.losses["llama.cpp"] = float((theirs.nll * windows.loss_mask).sum()) / windows.counted_tokens
         trained = Answers(trained_nll, theirs.choices)
         found.checks.append(compare(label, windows, trained, theirs, against="trained model")[0])
     return figures(windows, ours, theirs)
