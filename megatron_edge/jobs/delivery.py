@@ -32,11 +32,13 @@ from megatron_edge.export.compress import compress
 from megatron_edge.families import dims_of
 from megatron_edge.jobs.preflight import CONFIG_FILE
 from megatron_edge.log import console
-from megatron_edge.model.source import ModelSource, open_model
+from megatron_edge.model.source import ModelSource, load_tokenizer, open_model
 from megatron_edge.quantize import policy
 from megatron_edge.report.facts import bf16_bytes
 from megatron_edge.report.page import write_report
 from megatron_edge.runtime.launcher import Launch
+from megatron_edge.train.data import load_data
+from megatron_edge.verify.quality import Windows
 from megatron_edge.verify.report import Limits, Verification, table, verify_artifact
 
 log = logging.getLogger("megatron_edge")
@@ -85,10 +87,21 @@ def verify(config: RunConfig, launch: Launch) -> None:
             f"reference={run_dir}: no {CONFIG_FILE}; allowed: the directory of the run that trained {artifact}"
         )
     of_run = replace(from_yaml((run_dir / CONFIG_FILE).read_text()), runtimes=config.runtimes)
-    report = _verify(of_run, _intact_config(artifact), artifact, run_dir)
+    report = _verify(of_run, _intact_config(artifact), artifact, run_dir, _text(config, of_run, run_dir))
     console().print(table(report))
     log.info("report: %s", write_report(run_dir))
     _raise_unless_ok(report, run_dir / "verify.json")
+
+
+def _text(config: RunConfig, of_run: RunConfig, run_dir: Path) -> Windows | None:
+    """Held-out windows for the runtimes, where the command line asks for other ones than the run had."""
+    if (config.data.heldout, config.data.eval_tokens) == (of_run.data.heldout, of_run.data.eval_tokens):
+        return None
+    tokenizer = load_tokenizer(artifact_dir(of_run) if config.artifact is None else Path(config.artifact))
+    data = replace(of_run.data, heldout=config.data.heldout, eval_tokens=config.data.eval_tokens)
+    found = load_data(data, tokenizer, of_run.train.seq_length_tokens, of_run.train.seed, run_dir / "data")
+    batch = found.heldout.evaluation(data.eval_tokens)
+    return Windows(batch.tokens, batch.documents, batch.positions, batch.loss_mask)
 
 
 def _intact_config(artifact: Path) -> dict[str, Any] | None:
@@ -214,7 +227,11 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 
 def _verify(
-    config: RunConfig, hf_config: dict[str, Any] | None, artifact: Path | None = None, run_dir: Path | None = None
+    config: RunConfig,
+    hf_config: dict[str, Any] | None,
+    artifact: Path | None = None,
+    run_dir: Path | None = None,
+    text: Windows | None = None,
 ) -> Verification:
     artifact, run_dir = artifact or artifact_dir(config), run_dir or Path(config.run_dir)
     limits = Limits(
@@ -224,7 +241,7 @@ def _verify(
         runtimes=tuple(config.runtimes),
     )
     log.info("verifying %s", artifact)
-    return verify_artifact(artifact, run_dir / "reference", limits, output=run_dir / "verify.json")
+    return verify_artifact(artifact, run_dir / "reference", limits, output=run_dir / "verify.json", text=text)
 
 
 def _raise_unless_ok(report: Verification, written: Path) -> None:

@@ -180,6 +180,13 @@ def runtime_rows(run: RunFacts) -> list[dict[str, Any]]:
         ("rss_before_bytes", "of these before the model was loaded, MiB", MIB, "{:,.0f}"),
         ("threads", "threads", 1, "{:g}"),
         ("context_tokens", "tokens of context", 1, "{:,g}"),
+        ("compared_tokens", "held-out tokens compared with the artifact", 1, "{:,g}"),
+        ("perplexity_ratio", "perplexity, times the artifact's under the same recipe", 1, "{:.6f}"),
+        ("paired_error_nats", "its paired standard error, nats/token", 1, "{:.1e}"),
+        ("likeliest_agree", "likeliest tokens that agree", 0.01, "{:.2f}%"),
+        ("decoded_perplexity_ratio", "perplexity with its weights decoded to F32, times the artifact's", 1, "{:.6f}"),
+        ("decoded_paired_error_nats", "its paired standard error, nats/token", 1, "{:.1e}"),
+        ("decoded_likeliest_agree", "likeliest tokens that agree then", 0.01, "{:.2f}%"),
     )
     return [
         {

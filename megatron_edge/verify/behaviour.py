@@ -33,7 +33,8 @@ LEAST_TOUCHED = 0.1
 
 @dataclass(frozen=True)
 class Run:
-    """The artifact's scores over all windows, and over the first few in each other order of roundings."""
+    """The artifact's scores over all windows, and over the first few in each other order of roundings, if it was asked
+    for them."""
 
     scores: Scores
     noise: list[Scores]
@@ -44,7 +45,9 @@ def rounds_while_running(reader: ArtifactReader) -> bool:
     return reader.manifest.kv.get("format", "none") != "none" or any(x.activation != "none" for x in linears)
 
 
-def run_artifact(model: torch.nn.Module, windows: Windows, keep_logits: int) -> Run:
+def run_artifact(model: torch.nn.Module, windows: Windows, keep_logits: int, with_noise: bool = True) -> Run:
+    if not with_noise:
+        return Run(score(model, windows, keep_logits), [])
     few = windows.first(max(keep_logits, NOISE_WINDOWS))
     runs = min(NOISE_RUNS, max(1, NOISE_TOKENS // few.tokens.numel()))
     scores, noise = score(model, windows, keep_logits), []

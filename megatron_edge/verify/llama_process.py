@@ -1,17 +1,12 @@
 """llama.cpp in a process of its own: a program that reads a request, runs a GGUF file, and writes what it found.
 
-In: request.json and request.npz of llama_cpp.py, in the directory named on the command line; out: answer.json (and
-answer.npz) there. Run as `python -m megatron_edge.verify.llama_process DIRECTORY`. It imports neither torch nor
+In: request.json and request.npz of llama_cpp.py, in the directory named on the command line; out: answer.json and
+answer.npz there. Run as `python -m megatron_edge.verify.llama_process DIRECTORY`. It imports neither torch nor
 transformers, so that its resident memory is llama.cpp's and a bare Python's, and a crash is its own.
-
-The library is the one inside of the `xllamacpp` wheel; logits come through the C functions that it exports. Their
-structs are not stable between builds: the defaults that the library itself fills in are compared with what is written
-here of them, and nothing else is set.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import sys
@@ -21,39 +16,21 @@ from typing import Any
 
 import numpy as np
 
-BATCH_TOKENS = 512  # logits of that many tokens are in memory at once
-GGML_TYPES = {"fp32": 0, "none": 1, "int8": 8}  # F32, F16, Q8_0
-# llama_context_params of b11549 as 32-bit words: name -> (index, default).
-CONTEXT_WORDS = {
-    "n_ctx": (0, 512), "n_batch": (1, 2048), "n_ubatch": (2, 512), "n_seq_max": (3, 1), "n_threads": (7, 4),
-    "n_threads_batch": (8, 4), "flash_attn_type": (13, -1), "type_k": (26, 1), "type_v": (27, 1),
-}  # fmt: skip
-
-
-_kept: list[Any] = []  # callbacks, or Python frees them while llama.cpp still calls them
-
-
-class _Params(ctypes.Structure):
-    """More than either struct of parameters has: they are passed in memory, of which the library reads its part."""
-
-    _fields_ = (("words", ctypes.c_int32 * 128),)
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    )
+from megatron_edge.verify.llama_library import (
+    BATCH_TOKENS,
+    decode,
+    decode_rows,
+    load_library,
+    open_file,
+    tokenize,
+)
 
 
 def main(directory: Path) -> None:
     request = json.loads((directory / "request.json").read_text())
-    answer = {"score": _score, "chat": _chat}[request["task"]](request, directory)
+    answer = {"score": _score, "chat": _chat, "products": _products, "rewrite": _rewrite}[request["task"]](
+        request, directory
+    )
     answer |= _memory()
     (directory / "answer.json").write_text(json.dumps(answer))
 
@@ -116,8 +93,8 @@ def _score(request: dict[str, Any], directory: Path) -> dict[str, Any]:
     given = np.load(directory / "request.npz")
     tokens, documents, mask = given["tokens"], given["documents"], given["loss_mask"]
     lines: list[str] = []
-    library = _library(lines)
-    model, context = _open(library, request, tokens.shape[1])
+    library = load_library(lines)
+    model, context = open_file(library, request, tokens.shape[1])
     vocabulary = library.llama_model_get_vocab(model)
     words = library.llama_vocab_n_tokens(vocabulary)
     nll, top = np.zeros(tokens.shape, np.float64), np.full(tokens.shape, -1, np.int64)
@@ -127,13 +104,13 @@ def _score(request: dict[str, Any], directory: Path) -> dict[str, Any]:
             library.llama_memory_clear(library.llama_get_memory(context), True)
             for first in range(begin, document_end, BATCH_TOKENS):
                 end = min(first + BATCH_TOKENS, document_end)
-                logits, took = _decode(library, context, tokens[window, first:end], first - begin, words)
+                logits, took = decode(library, context, tokens[window, first:end], first - begin, words)
                 seconds += took
                 top[window, first:end] = logits.argmax(-1)
                 counted = np.flatnonzero(mask[window, first:end])
                 nll[window, first + counted] = _nll(logits[counted], tokens[window, first + counted + 1])
     np.savez(directory / "answer.npz", nll=nll, top=top)
-    texts = [_tokenize(library, vocabulary, text) for text in request["texts"]]
+    texts = [tokenize(library, vocabulary, text) for text in request["texts"]]
     return {"log": lines, "token_ids": texts, "vocabulary": words, "tokens_per_second": tokens.size / seconds}
 
 
@@ -149,104 +126,47 @@ def _nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.asarray(total - wide[np.arange(len(targets)), targets])
 
 
-def _library(lines: list[str]) -> Any:
-    """The exported functions with their types; what llama.cpp logs is added to `lines`."""
-    import xllamacpp.xllamacpp as module
-
-    library, pointer = ctypes.CDLL(module.__file__), ctypes.c_void_p
-    types: dict[str, tuple[Any, list[Any]]] = {
-        "llama_model_default_params": (_Params, []),
-        "llama_context_default_params": (_Params, []),
-        "llama_model_load_from_file": (pointer, [ctypes.c_char_p, _Params]),
-        "llama_init_from_model": (pointer, [pointer, _Params]),
-        "llama_model_get_vocab": (pointer, [pointer]),
-        "llama_vocab_n_tokens": (ctypes.c_int32, [pointer]),
-        "llama_get_memory": (pointer, [pointer]),
-        "llama_memory_clear": (None, [pointer, ctypes.c_bool]),
-        "llama_decode": (ctypes.c_int32, [pointer, _Batch]),
-        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [pointer]),
-        "llama_n_ctx": (ctypes.c_uint32, [pointer]),
-        "llama_n_batch": (ctypes.c_uint32, [pointer]),
-        "llama_n_ubatch": (ctypes.c_uint32, [pointer]),
-        "llama_batch_init": (_Batch, [ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]),
-        "llama_batch_free": (None, [_Batch]),
-        "llama_tokenize": (
-            ctypes.c_int32,
-            [
-                pointer,
-                ctypes.c_char_p,
-                ctypes.c_int32,
-                ctypes.POINTER(ctypes.c_int32),
-                ctypes.c_int32,
-                ctypes.c_bool,
-                ctypes.c_bool,
-            ],
-        ),
-    }
-    for name, (result, arguments) in types.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, pointer)
-    callback = kind(lambda level, text, data: lines.append(text.decode(errors="replace").rstrip("\n")))
-    _kept.append(callback)
-    library.llama_log_set(callback, None)
-    library.llama_backend_init()
-    return library
+# ---------------------------------------------------------------- products, and weights decoded
 
 
-def _open(library: Any, request: dict[str, Any], length: int) -> tuple[Any, Any]:
-    """Model and context for one sequence of `length` tokens."""
-    params = library.llama_context_default_params()
-    wrong = {name: params.words[at] for name, (at, default) in CONTEXT_WORDS.items() if params.words[at] != default}
-    if wrong:
-        raise RuntimeError(f"this llama.cpp has other context parameters than b11549: {wrong}")
-    size = -(-max(length, 256) // 256) * 256
-    kv = GGML_TYPES[request["kv"]]
-    chosen = {"n_ctx": size, "n_batch": BATCH_TOKENS, "n_ubatch": BATCH_TOKENS, "type_k": kv, "type_v": kv}
-    if request["kv"] == "fp32":  # flash attention casts such a cache to fp16
-        chosen["flash_attn_type"] = 0
-    chosen |= dict.fromkeys(("n_threads", "n_threads_batch"), request["threads"])
-    for name, value in chosen.items():
-        params.words[CONTEXT_WORDS[name][0]] = value
-    model = library.llama_model_load_from_file(request["gguf"].encode(), library.llama_model_default_params())
-    if not model:
-        raise RuntimeError("llama.cpp does not load the file")
-    context = library.llama_init_from_model(model, params)
-    if not context:
-        raise RuntimeError("llama.cpp makes no context for the file")
-    # It clips a batch to the context.
-    for name, asked in (("n_ctx", size), ("n_batch", min(size, BATCH_TOKENS)), ("n_ubatch", min(size, BATCH_TOKENS))):
-        found = getattr(library, f"llama_{name}")(context)
-        if found != asked:
-            raise RuntimeError(f"llama.cpp has {name}={found} where {asked} was asked for: its parameters are others")
-    return model, context
+def _products(request: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Each product with a weight of the file over the first document's tokens: its input and its result, as stored."""
+    tokens = np.load(directory / "request.npz")["tokens"][0, : request["tokens"]]
+    arrays: dict[str, Any] = {}
+
+    def watch(weight: str, operation: str, parts: list[np.ndarray | None]) -> None:
+        for role, part in zip(("result", "input", "experts"), parts, strict=True):
+            if part is not None:
+                arrays[f"{role} {weight}"] = part
+
+    library = load_library([])
+    _, context = open_file(library, request, len(tokens), watch)
+    decode(library, context, tokens, 0, 1)
+    np.savez(directory / "answer.npz", **arrays)
+    return {"tokens": len(tokens)}
 
 
-def _decode(library: Any, context: Any, tokens: np.ndarray, begin: int, words: int) -> tuple[np.ndarray, float]:
-    """Logits fp32 [n, words] of tokens that continue the sequence at position `begin`, and the seconds they took."""
-    number = len(tokens)
-    batch = library.llama_batch_init(number, 0, 1)
-    batch.n_tokens = number
-    for index, token in enumerate(tokens.tolist()):
-        batch.token[index], batch.pos[index], batch.logits[index] = token, begin + index, 1
-        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-    began = time.monotonic()
-    code = library.llama_decode(context, batch)
-    if code:
-        raise RuntimeError(f"llama_decode: {code}")
-    logits = np.ctypeslib.as_array(library.llama_get_logits(context), shape=(number, words)).copy()
-    took = time.monotonic() - began
-    library.llama_batch_free(batch)
-    return logits, took
+def _rewrite(request: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The same file, metadata and all, with every tensor decoded to F32 by llama.cpp's own functions."""
+    import gguf
 
-
-def _tokenize(library: Any, vocabulary: Any, text: str) -> list[int]:
-    raw = text.encode()
-    room = (ctypes.c_int32 * (len(raw) + 8))()
-    count = library.llama_tokenize(vocabulary, raw, len(raw), room, len(room), True, True)
-    if count < 0:
-        raise RuntimeError(f"llama_tokenize: {count}")
-    return list(room[:count])
+    library, read = load_library([]), gguf.GGUFReader(request["gguf"])
+    writer = gguf.GGUFWriter(request["to"], read.fields["general.architecture"].contents())
+    for field in read.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in read.tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in read.tensors:
+        writer.write_tensor_data(np.ascontiguousarray(decode_rows(library, tensor.tensor_type.name, tensor.data)))
+    writer.close()
+    return {"tensors": len(read.tensors)}
 
 
 if __name__ == "__main__":

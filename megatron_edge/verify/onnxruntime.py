@@ -22,10 +22,11 @@ import torch
 
 from megatron_edge.artifact.store import ArtifactReader, ShardReader
 from megatron_edge.contracts import Check, InputError
-from megatron_edge.verify.agreement import Answers, answers, compare
+from megatron_edge.verify.agreement import Answers, answers_of, compare, figures
 from megatron_edge.verify.findings import Findings
 from megatron_edge.verify.parity import failures
-from megatron_edge.verify.quality import Windows, load_model
+from megatron_edge.verify.quality import Windows
+from megatron_edge.verify.references import References
 
 TARGETS = ("gptq", "onnx")
 RUNTIME = "onnxruntime-genai"
@@ -34,8 +35,9 @@ FP32_INPUTS = 1  # MatMulNBits' accuracy_level
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def check(reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows) -> Findings:
+def check(references: References, label: str, name: str, directory: Path) -> Findings:
     """Of one target: its bytes, and of onnx what the runtime answers."""
+    reader, windows = references.reader, references.windows
     if name == "gptq":
         reason = "vLLM is not among the runtimes here; onnxruntime-genai runs these weights as the target onnx"
         return Findings([_check_gptq(reader, label, directory)], {f"{label}: logits": reason})
@@ -45,7 +47,7 @@ def check(reader: ArtifactReader, label: str, name: str, directory: Path, window
     recipe, problems = read_recipe(reader, directory)
     checks = [failures(label, "linears and recipe that the ONNX file holds otherwise", problems)]
     theirs, facts = ask(directory, windows)
-    ours = answers(load_model(reader, torch.float32, activations=False, cache=False), windows)
+    ours, _ = answers_of(references.run(torch.float32, activations=False, cache=False, with_noise=False))
     ran = {
         "target": name,
         "status": "ran",
@@ -56,6 +58,7 @@ def check(reader: ArtifactReader, label: str, name: str, directory: Path, window
         "tokens_per_second": facts["decoded_tokens_per_s"],
         "prefill_tokens_per_second": facts["prompt_tokens_per_s"],
         "peak_rss_bytes": facts["peak_rss_bytes"],
+        **figures(windows, ours, theirs),
     }
     checks += compare(f"{label} in {RUNTIME}", windows, ours, theirs)
     return Findings(checks, runtimes={RUNTIME: ran})

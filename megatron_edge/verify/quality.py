@@ -53,6 +53,10 @@ class Windows:
     def slice(self, begin: int, end: int) -> Windows:
         return Windows(*(t[begin:end] for t in (self.tokens, self.documents, self.positions, self.loss_mask)))
 
+    def equal(self, other: Windows) -> bool:
+        mine, theirs = (vars(windows).values() for windows in (self, other))
+        return all(torch.equal(one, two) for one, two in zip(mine, theirs, strict=True))
+
     @property
     def counted_tokens(self) -> int:
         return int(self.loss_mask.sum())

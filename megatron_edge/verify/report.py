@@ -20,7 +20,8 @@ import torch
 from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, sha256_of_file
 from megatron_edge.contracts import OWN_READER, Check, DeviceProfile, InputError, MemoryPlan, VerifyReport
 from megatron_edge.verify import behaviour, parity, runtimes
-from megatron_edge.verify.quality import Scores, load_model
+from megatron_edge.verify.quality import Scores, Windows
+from megatron_edge.verify.references import References
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,6 +78,7 @@ def verify_artifact(
     limits: Limits,
     targets: dict[str, Path] | None = None,
     output: Path | None = None,
+    text: Windows | None = None,
 ) -> Verification:
     """Run every check on one process and write verify.json to `output`.
 
@@ -84,6 +86,7 @@ def verify_artifact(
         artifact_dir: canonical artifact.
         reference_dir: what training wrote of its own model; without it only bytes, budget and targets are checked.
         targets: name -> directory of the converted targets; None takes those beside the artifact.
+        text: what runtimes are asked; None takes the reference's held-out windows.
 
     Raises:
         InputError: a directory is no artifact, or no reference.
@@ -96,12 +99,13 @@ def verify_artifact(
         reader = ArtifactReader(artifact_dir)
         size_bytes = reader.size_bytes()
         reference = None if reference_dir is None else parity.read_reference(reference_dir)
-        _merge(found, _check_model(reader, reference, limits))
+        asked = None if reference is None else References(reader, reference.windows, len(reference.logits))
+        _merge(found, _check_model(reader, reference, asked, limits))
         _merge(found, check_device(reader, limits))
-        _merge(
-            found,
-            _check_targets(reader, reference, runtimes.find_targets(artifact_dir) if targets is None else targets),
-        )
+        if asked is not None and text is not None and not text.equal(asked.windows):
+            asked = References(reader, text, asked.keep_logits)
+        targets = runtimes.find_targets(artifact_dir) if targets is None else targets
+        _merge(found, _check_targets(asked, reference, targets))
         found.checks += check_runtime_memory(found, limits) + check_asked(found, limits.runtimes)
     device = None if limits.device is None else limits.device.runtime
     report = Verification(tuple(found.checks), found.not_run, found.losses, found.runtimes, device, size_bytes)
@@ -127,15 +131,16 @@ def _merge(found: runtimes.Findings, more: runtimes.Findings) -> None:
     found.runtimes.update(more.runtimes)
 
 
-def _check_model(reader: ArtifactReader, reference: parity.Reference | None, limits: Limits) -> runtimes.Findings:
+def _check_model(
+    reader: ArtifactReader, reference: parity.Reference | None, references: References | None, limits: Limits
+) -> runtimes.Findings:
     names = ("trained equals shipped", "logits", "loss", "perplexity")
-    if reference is None:
+    if reference is None or references is None:
         return runtimes.Findings([], dict.fromkeys(names, NO_REFERENCE))
     logger.info("verify: comparing the artifact's bytes with the trained model's")
     found = runtimes.Findings(parity.check_trained(reader, reference))
     logger.info("verify: running the artifact over %d held-out tokens", reference.windows.counted_tokens)
-    model = load_model(reader, reference.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    run = behaviour.run_artifact(model, reference.windows, reference.logits.shape[0])
+    run = references.run(reference.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     found.checks += behaviour.check_behaviour(reader, reference, run)
     _merge(found, check_perplexity(reference, run.scores, limits))
     return found
@@ -224,15 +229,16 @@ def check_asked(found: runtimes.Findings, asked: tuple[str, ...]) -> list[Check]
 
 
 def _check_targets(
-    reader: ArtifactReader, reference: parity.Reference | None, targets: dict[str, Path]
+    references: References | None, reference: parity.Reference | None, targets: dict[str, Path]
 ) -> runtimes.Findings:
     found = runtimes.Findings()
-    if reference is None:
+    if references is None or reference is None:
         return runtimes.Findings([], {f"target {name}": NO_REFERENCE for name in targets})
+    trained_nll = reference.nll if references.windows.equal(reference.windows) else None
     for name, directory in targets.items():
-        logger.info("verify: reading target %s", name)
+        logger.info("verify: target %s, %d tokens", name, references.windows.counted_tokens)
         try:
-            _merge(found, runtimes.check_target(reader, name, directory, reference.windows, reference.nll))
+            _merge(found, runtimes.check_target(references, name, directory, trained_nll))
         except Exception as error:  # noqa: BLE001 - another project's loader raises what it likes: all of it is a failed check
             message = f"{type(error).__name__}: {error}"
             found.checks.append(Check(f"target {name}", "loads", "failed", "loads", False, message))

@@ -22,6 +22,7 @@ import importlib.util
 import io
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ import torch
 from megatron_edge.artifact.store import ArtifactReader, ShardReader
 from megatron_edge.contracts import Check
 from megatron_edge.verify import experts, llama_cpp, onnxruntime
-from megatron_edge.verify.behaviour import check_logits, run_artifact
+from megatron_edge.verify.agreement import Answers, answers_of, compare, figures
+from megatron_edge.verify.behaviour import check_logits
 from megatron_edge.verify.findings import Findings
 from megatron_edge.verify.parity import failures
-from megatron_edge.verify.quality import Windows, forward, load_model, weight_of
+from megatron_edge.verify.quality import score, weight_of
+from megatron_edge.verify.references import References
 
-RUNTIME_WINDOWS = 1
 # Runtimes that verify can run, and the targets that they read.
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "llama.cpp": ("gguf",), "onnxruntime-genai": ("onnx",), "transformers": ("compressed_tensors", "hf"),
@@ -50,18 +52,18 @@ def find_targets(artifact_dir: Path) -> dict[str, Path]:
 
 
 def check_target(
-    reader: ArtifactReader, name: str, directory: Path, windows: Windows, trained_nll: torch.Tensor | None = None
+    references: References, name: str, directory: Path, trained_nll: torch.Tensor | None = None
 ) -> Findings:
-    """Read one target as its runtime does, on the first windows; llama.cpp on all of them, whose losses in the trained
-    model are `trained_nll`, fp32 [n, s]."""
-    label = f"target {name}"
+    """Read one target as its runtime does, on the windows of `references`, whose losses in the trained model are
+    `trained_nll`, fp32 [n, s]."""
+    label, reader = f"target {name}", references.reader
     if name == "gguf":
-        return llama_cpp.check_gguf(reader, label, directory, windows, trained_nll)
+        return llama_cpp.check_gguf(references, label, directory, trained_nll)
     if name == "modelopt":
         reason = "TensorRT-LLM, TensorRT Edge-LLM and vLLM run ModelOpt checkpoints on their own GPUs only"
         return Findings([_check_modelopt(reader, label, directory)], {f"{label}: logits": reason})
     if name in onnxruntime.TARGETS:
-        return onnxruntime.check(reader, label, name, directory, windows)
+        return onnxruntime.check(references, label, name, directory)
     if name not in ("hf", "compressed_tensors"):
         return Findings([], {label: "no reader of this target is known here"})
     for package in ("transformers", *(["compressed_tensors"] if name == "compressed_tensors" else [])):
@@ -74,16 +76,16 @@ def check_target(
     if name == "compressed_tensors" and "nvfp4" in used and len(used) > 1:
         reason = "transformers casts all scales to one data type: nvfp4 runs in bfloat16 only, the others are exact in "
         return Findings([_check_decompressed(reader, label, directory)], {f"{label}: logits": f"{reason}float32"})
-    return _check_transformers(reader, label, name, directory, windows.first(RUNTIME_WINDOWS))
+    return _check_transformers(references, label, name, directory)
 
 
-def _check_transformers(reader: ArtifactReader, label: str, name: str, directory: Path, windows: Windows) -> Findings:
-    """Weights as transformers decodes them, and logits, against the artifact in the same data type."""
+def _check_transformers(references: References, label: str, name: str, directory: Path) -> Findings:
+    """Weights as transformers decodes them, logits of the first windows, losses and likeliest tokens of all, against
+    the artifact in the same data type."""
+    reader, windows = references.reader, references.windows
     formats_used = {linear.format for linear in reader.manifest.layer_linears.values()}
     dtype = torch.bfloat16 if name == "hf" or "nvfp4" in formats_used else torch.float32
     theirs, dtype_name = _load(directory, dtype), str(dtype).removeprefix("torch.")
-    with torch.no_grad():
-        answered = forward(theirs, windows).float()
     weights = dict(theirs.named_parameters())
     names = [f"{linear}.weight" for linear in reader.manifest.linears if f"{linear}.weight" in weights]
     names += [name for name in weights if experts.is_fused(name)]
@@ -93,18 +95,25 @@ def _check_transformers(reader: ArtifactReader, label: str, name: str, directory
         if (wrong := _differing(weights[name], weight_of(reader, name, dtype, torch.bfloat16)))
     ]
     checks = [failures(label, f"linears that transformers decodes otherwise ({dtype_name})", differing)]
+    began = time.monotonic()
+    answered = score(theirs, windows, references.keep_logits)
+    seconds = time.monotonic() - began
+    del theirs, weights
     carries = name == "compressed_tensors"
     fp8_cache = carries and reader.manifest.kv.get("format") == "fp8"
-    ours = load_model(reader, dtype, activations=carries, cache=fp8_cache, tables=torch.bfloat16)
-    run = run_artifact(ours, windows, keep_logits=len(windows))
+    run = references.run(dtype, activations=carries, cache=fp8_cache, tables=torch.bfloat16)
     activations = carries and any(linear.activation != "none" for linear in reader.manifest.linears.values())
-    checks += check_logits(label, answered, run, flips=activations or fp8_cache)
+    checks += check_logits(label, answered.logits, run, flips=activations or fp8_cache)
+    ours, noise = answers_of(run)
+    checks += compare(label, windows, ours, Answers.of(answered), noise)
     inputs = "quantised inputs" if activations else f"{dtype_name} inputs"
     ran = {
         "target": name,
         "status": "ran",
         "version": importlib.metadata.version("transformers"),
         "recipe": f"decoded weights with {inputs}, KV cache in {'fp8' if fp8_cache else dtype_name}",
+        "prefill_tokens_per_second": windows.tokens.numel() / seconds,
+        **figures(windows, ours, Answers.of(answered)),
     }
     return Findings(checks, runtimes={"transformers": ran})
 

@@ -18,6 +18,7 @@ from megatron_edge.contracts import InputError, LinearEntry
 from megatron_edge.export.targets import convert
 from megatron_edge.export.targets.gptq import refuse_what_is_not_int4
 from megatron_edge.verify.quality import Windows
+from megatron_edge.verify.references import References
 from megatron_edge.verify.runtimes import check_target
 
 
@@ -100,12 +101,14 @@ def test_layers_left_alone_are_said_to_be(tmp_path: Path, monkeypatch: pytest.Mo
 def test_one_other_code_is_named(tiny: Tiny, tmp_path: Path, layout: str, part: str) -> None:
     reader, name = ArtifactReader(tiny.artifact), "model.layers.1.mlp.gate_proj"
     convert(layout, reader, tmp_path / layout)
-    assert all(check.ok for check in check_target(reader, layout, tmp_path / layout, Windows(**windows(1))).checks)
+    assert all(
+        check.ok for check in check_target(References(reader, Windows(**windows(1))), layout, tmp_path / layout).checks
+    )
     (file,) = (tmp_path / layout).glob("*.safetensors")
     tensors = load_file(file)
     tensors[f"{name}.{part}"].view(torch.uint8)[1, 5] ^= 0x10
     save_file(tensors, file, metadata={"format": "pt"})
-    (check,) = check_target(reader, layout, tmp_path / layout, Windows(**windows(1))).checks
+    (check,) = check_target(References(reader, Windows(**windows(1))), layout, tmp_path / layout).checks
     assert not check.ok and name in check.detail
 
 

@@ -18,6 +18,7 @@ from megatron_edge.artifact.store import ArtifactReader, ArtifactWriter
 from megatron_edge.contracts import InputError, LinearEntry
 from megatron_edge.export.targets import convert
 from megatron_edge.verify.quality import Windows
+from megatron_edge.verify.references import References
 from megatron_edge.verify.runtimes import check_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,7 @@ def test_compressed_tensors_has_a_group_for_each_format_and_reads_it(mix: str, t
     assert set(section["ignore"]) - {"lm_head"} == {
         name.removesuffix(".weight") for name in reader.names() if name.endswith("_proj.weight")
     }
-    found = check_target(reader, "compressed_tensors", tmp_path / "target", Windows(**windows(2)))
+    found = check_target(References(reader, Windows(**windows(2))), "compressed_tensors", tmp_path / "target")
     assert found.checks and all(check.ok for check in found.checks), found.checks
     assert bool(found.not_run) == ("nvfp4" in mix or mix == "all"), "what did not run is said"
 
@@ -94,7 +95,7 @@ def test_modelopt_lists_each_layer_as_its_own_converter_does(mix: str, tmp_path:
     }
     section = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]
     assert section == convert_hf_quant_config_format(sidecar)
-    found = check_target(reader, "modelopt", tmp_path / "target", Windows(**windows(2)))
+    found = check_target(References(reader, Windows(**windows(2))), "modelopt", tmp_path / "target")
     assert all(check.ok for check in found.checks), found.checks
 
 

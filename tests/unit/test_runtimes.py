@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_artifact import Tiny, make_tiny
+from tiny_artifact import Tiny, make_tiny, windows
 
 from megatron_edge.artifact.store import ArtifactReader
 from megatron_edge.compose import compose
 from megatron_edge.export.targets import convert
+from megatron_edge.verify.quality import Windows
 from megatron_edge.verify.report import Limits, verify_artifact
 
 
@@ -45,7 +46,20 @@ def test_a_runtime_that_ran_is_in_the_report(tiny: Tiny, tmp_path: Path) -> None
     row = facts["runtimes"]["transformers"]
     assert (row["status"], row["target"]) == ("ran", "compressed_tensors")
     assert row["recipe"] == "decoded weights with float32 inputs, KV cache in float32"
+    assert (row["compared_tokens"], row["likeliest_agree"]) == (int(windows(4)["loss_mask"].sum()), 1.0)
+    assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-6) and row["paired_error_nats"] < 1e-6
     words = "it ran in transformers, but not in llama.cpp, which is to run it on the device"
     assert facts["deployable"] == {"ok": False, "why": words}
     assert dataclasses.replace(report, device_runtime="megatron_edge").deployable[0]
     assert dataclasses.replace(report, device_runtime="transformers").deployable == (True, "it ran in transformers")
+
+
+def test_runtimes_are_asked_about_another_text(tiny: Tiny, tmp_path: Path) -> None:
+    """More of it than training measured, of which the trained model's word is not there: the artifact's own is."""
+    directory = tmp_path / "compressed_tensors"
+    convert("compressed_tensors", ArtifactReader(tiny.artifact), directory)
+    text = Windows(**windows(9))
+    report = verify_artifact(tiny.artifact, tiny.reference, limits(), {"compressed_tensors": directory}, text=text)
+    assert report.ok and report.runtimes["transformers"]["compared_tokens"] == text.counted_tokens
+    (loss,) = [check for check in report.checks if check.name == "loss"]
+    assert f"over {int(windows(4)['loss_mask'].sum())} tokens" in loss.detail, "the trained model's own windows"

@@ -28,6 +28,7 @@ from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train import step
 from megatron_edge.verify import parity, runtimes
 from megatron_edge.verify.quality import Windows, load_model
+from megatron_edge.verify.references import References
 
 EMBEDDING = "model.embed_tokens"
 FORMATS = ("int8", "fp8", "int4")
@@ -198,12 +199,12 @@ def test_targets_have_the_values_of_a_table_and_say_so(tmp_path: Path, recipe: s
     assert stored.dtype is torch.bfloat16 and torch.equal(stored, values.bfloat16())
     assert not torch.equal(stored.float(), values), "eight significant bits do not hold them"
     text = parity.read_reference(tiny.reference).windows
-    found = runtimes.check_target(reader, target, Path(report.directory), Windows(*vars(text).values()))
+    found = runtimes.check_target(References(reader, Windows(*vars(text).values())), target, Path(report.directory))
     assert found.checks and all(check.ok for check in found.checks), found.checks
     spoiled = {name: tensor.clone() for name, tensor in _tensors(Path(report.directory)).items()}
     spoiled[f"{EMBEDDING}.weight"][3, 5] *= 1.5
     _replace(Path(report.directory), spoiled)
-    found = runtimes.check_target(reader, target, Path(report.directory), Windows(*vars(text).values()))
+    found = runtimes.check_target(References(reader, Windows(*vars(text).values())), target, Path(report.directory))
     assert not all(check.ok for check in found.checks)
 
 

@@ -85,14 +85,6 @@ def convert(reader: ArtifactReader, directory: Path, shard_bytes: int = SHARD_BY
     return finish_target(building, directory, "gguf", carried, words.dropped, notes)
 
 
-def write_decoded(reader: ArtifactReader, path: Path) -> None:
-    """The same model with every weight decoded to fp32, which llama.cpp multiplies without rounding anything: for
-    verify, to tell what the file is from what a kernel does with it. Four bytes a parameter."""
-    config = checked_config(json.loads((reader.directory / "config.json").read_text()), str(reader.directory))
-    words = gguf_tokenizer.read(reader.directory, config["vocab_size"])
-    _write(path, reader.manifest, config, words, list(_tensors(reader, config, decoded=True)))
-
-
 def _refuse(manifest: Manifest, config: dict[str, Any]) -> None:
     """Raises InputError for what the file cannot carry, by name."""
     recipes(manifest, "gguf", FORMATS, " (llama.cpp runs weights alone quantised, and none in fp8)")
@@ -135,8 +127,8 @@ def _refuse_model(config: dict[str, Any], weights: set[str]) -> None:
 # ---------------------------------------------------------------- tensors
 
 
-def _tensors(reader: ArtifactReader, config: dict[str, Any], decoded: bool = False) -> Iterator[_Tensor]:
-    """Every tensor of the model in the order of the forward pass, experts of a layer stacked; `decoded`: in fp32."""
+def _tensors(reader: ArtifactReader, config: dict[str, Any]) -> Iterator[_Tensor]:
+    """Every tensor of the model in the order of the forward pass, experts of a layer stacked."""
     import gguf
 
     architecture, dims = ARCHITECTURES[config["architectures"][0]][0], dims_of(config)
@@ -152,8 +144,8 @@ def _tensors(reader: ArtifactReader, config: dict[str, Any], decoded: bool = Fal
         theirs = names.get_name(name, (".weight", ".bias"))
         if theirs is None:
             raise InputError(f"export.targets: gguf has no name for {name} in the architecture {architecture}")
-        yield _stacked(reader, config, theirs, members, stack=name != members[0], decoded=decoded)
-        if _format_of(reader, members[0]) == "nvfp4" and not decoded:
+        yield _stacked(reader, config, theirs, members, stack=name != members[0])
+        if _format_of(reader, members[0]) == "nvfp4":
             yield _tensor_scales(reader, theirs.removesuffix("weight") + "scale", members)
 
 
@@ -164,9 +156,7 @@ def _format_of(reader: ArtifactReader, name: str) -> str:
     return reader.manifest.tensors[name].format if linear is None else linear.format
 
 
-def _stacked(
-    reader: ArtifactReader, config: dict[str, Any], theirs: str, members: list[str], stack: bool, decoded: bool
-) -> _Tensor:
+def _stacked(reader: ArtifactReader, config: dict[str, Any], theirs: str, members: list[str], stack: bool) -> _Tensor:
     """The tensor of one member, or of all experts as [experts, rows, bytes of a row]."""
     import gguf
 
@@ -176,7 +166,7 @@ def _stacked(
     linear = reader.manifest.linears.get(members[0].removesuffix(".weight"))
     shape = reader.manifest.tensors[members[0]].shape if linear is None else linear.shape
     plain_fp32 = linear is None and (len(shape) == 1 or ".ffn_gate_inp." in theirs)
-    kind = "F32" if plain_fp32 or decoded else BLOCKS[found.pop()]
+    kind = "F32" if plain_fp32 else BLOCKS[found.pop()]
     values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     if kind not in ("F32", "F16"):
         shape = (*shape[:-1], shape[-1] // values * nbytes)
@@ -191,9 +181,7 @@ def _stacked(
 def _member(reader: ArtifactReader, config: dict[str, Any], name: str, kind: str) -> torch.Tensor:
     """One tensor of the artifact as the file holds it: bytes, or fp32 and fp16 numbers."""
     linear = name.removesuffix(".weight")
-    if linear in reader.manifest.linears and kind == "F32":
-        stored = reader.dequantized(linear, torch.float32)
-    elif linear in reader.manifest.linears:
+    if linear in reader.manifest.linears:
         stored = gguf_blocks.packed(linear, reader.encoded(linear))
     elif kind == "F32":
         stored = reader.tensor(name).float()
