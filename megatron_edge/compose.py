@@ -189,6 +189,25 @@ def compose(arguments: Sequence[str]) -> RunConfig:
     return composed
 
 
+def of_run(directory: Path) -> RunConfig:
+    """What a job wrote into its run directory. A leaf that this version has and the one that wrote it had not takes
+    conf/'s value for that mode of training, which is how the older version behaved.
+
+    Raises:
+        InputError: config.yaml holds no configuration, or a leaf that there is no more.
+    """
+    text = (directory / "config.yaml").read_text()
+    try:
+        return from_yaml(text)
+    except InputError:
+        return from_yaml(text, newer=lambda saved: compose([f"train={_mode(saved)}"]))
+
+
+def _mode(saved: dict[str, Any]) -> str:
+    train = saved.get("train")
+    return train.get("mode", "qat") if isinstance(train, dict) and train.get("mode") in options("train") else "qat"
+
+
 def compose_over_run(arguments: Sequence[str]) -> RunConfig:
     """For jobs that read a run: its own config.yaml (in run_dir, else in reference) with `arguments` over it.
 
@@ -206,7 +225,7 @@ def compose_over_run(arguments: Sequence[str]) -> RunConfig:
         raise expected("run_dir" if "run_dir" in named else "reference", directory, "the directory of an earlier run")
     if not (Path(directory) / "config.yaml").is_file():
         return fresh
-    saved = from_yaml((Path(directory) / "config.yaml").read_text())
+    saved = of_run(Path(directory))
     if "scenario" in named and fresh.scenario != saved.scenario:
         raise expected("scenario", fresh.scenario, f"{saved.scenario!r}, which made {directory}")
     changed = replace(saved, parallel=fresh.parallel, run_dir=directory)

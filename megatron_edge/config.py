@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -329,15 +329,28 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 
-def from_yaml(text: str) -> RunConfig:
-    """The inverse of `to_yaml`. Raises InputError where `text` is no whole configuration."""
+def from_yaml(text: str, newer: Callable[[dict[str, Any]], RunConfig] | None = None) -> RunConfig:
+    """The inverse of `to_yaml`. Leaves that did not exist yet when it was written have the values of what `newer` makes
+    of those that did.
+
+    Raises:
+        InputError: `text` is no configuration, or (without `newer`) no whole one.
+    """
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"config.yaml: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise InputError("config.yaml: holds no configuration; allowed is what a job wrote into its run directory")
+    if newer is not None:
+        data = _over(dataclasses.asdict(newer(data)), data)
     return with_derived(build_record(RunConfig, data, ""))
+
+
+def _over(newer: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data`, with what it lacks; what `newer` does not know stays, to be refused."""
+    groups = {k: _over(newer[k], v) for k, v in data.items() if isinstance(v, dict) and isinstance(newer.get(k), dict)}
+    return json.loads(json.dumps(newer)) | data | groups
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from megatron_edge import checkpoint as checkpoints
-from megatron_edge import deployment
+from megatron_edge import compose, deployment
 from megatron_edge.artifact.store import MANIFEST_FILE, ArtifactReader, ArtifactWriter, sha256_of_file
-from megatron_edge.config import RunConfig, from_yaml
+from megatron_edge.config import RunConfig
 from megatron_edge.contracts import (
     InputError,
     QuantPlan,
@@ -86,7 +86,7 @@ def verify(config: RunConfig, launch: Launch) -> None:
         raise InputError(
             f"reference={run_dir}: no {CONFIG_FILE}; allowed: the directory of the run that trained {artifact}"
         )
-    of_run = replace(from_yaml((run_dir / CONFIG_FILE).read_text()), runtimes=config.runtimes)
+    of_run = replace(compose.of_run(run_dir), runtimes=config.runtimes)
     report = _verify(of_run, _intact_config(artifact), artifact, run_dir, _text(config, of_run, run_dir))
     console().print(table(report))
     log.info("report: %s", write_report(run_dir))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from megatron_edge import checks, deployment, memory
+from megatron_edge import checks, compose, deployment, memory
 from megatron_edge import config as configuration
 from megatron_edge.config import RunConfig, TrainConfig
 from megatron_edge.contracts import InputError, ParallelPlan
@@ -236,7 +236,7 @@ def _take_run_directory(config: RunConfig) -> None:
         _held_locks.append(lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if saved.exists() and config.resume != "never":
-            configuration.check_same_run(configuration.from_yaml(saved.read_text()), config)
+            configuration.check_same_run(compose.of_run(directory), config)
         saves = directory / "checkpoints"
         if config.resume == "must" and not any(saves.glob("step_*")):
             raise InputError(f"resume=must: no checkpoint in {saves}; allowed: auto, never")

@@ -141,6 +141,27 @@ def test_yaml_round_trip_is_exact() -> None:
             config.from_yaml(text)
 
 
+def test_a_run_of_an_older_version_has_todays_defaults_for_what_it_does_not_say(tmp_path: Path) -> None:
+    """Not what its command would say now: another value of a leaf that decides numbers is another run."""
+    made = compose.compose(["train=qad", "train.steps=7", "quant=int4"])
+    older = yaml.safe_load(config.to_yaml(made))
+    del older["train"]["distill_layers_weight"], older["train"]["fp8_gemm"], older["bench"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    assert compose.of_run(tmp_path) == made
+    asked = compose.compose(["train=qad", "train.steps=7", "quant=int4", "train.distill_layers_weight=30"])
+    with pytest.raises(InputError, match="distill_layers_weight"):
+        config.check_same_run(compose.of_run(tmp_path), asked)
+    older["train"]["stepz"] = 1
+    for text, words in (
+        (yaml.safe_dump(older), "stepz: unknown"),
+        ("model: {", "config.yaml: "),
+        ("model: 3", "model"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(InputError, match=words):
+            compose.of_run(tmp_path)
+
+
 def test_from_hydra_refuses_unknown_keys_at_any_depth() -> None:
     plain = yaml.safe_load(config.to_yaml(compose.compose([])))
     for path in (("extra",), ("train", "extra"), ("device", "extra")):
