@@ -193,8 +193,9 @@ def check_device(reader: ArtifactReader, limits: Limits) -> runtimes.Findings:
 def _check_memory(reader: ArtifactReader, memory: MemoryPlan) -> Check:
     weights_bytes = reader.size_bytes()
     total_bytes = memory.total_bytes - memory.weights_bytes + weights_bytes
+    layout = round(memory.layout_bytes / 1e6, 1) + 0.0  # no -0.0
     detail = (
-        f"weights {weights_bytes / 1e6:.1f} MB ({memory.layout_bytes / 1e6:+.1f} in the runtime's layout), KV "
+        f"weights {weights_bytes / 1e6:.1f} MB ({layout:+.1f} in the runtime's layout), KV "
         f"{memory.kv_bytes / 1e6:.1f} MB (batch {memory.max_batch} x {memory.max_seq_len} tokens), activations "
         f"{memory.activations_bytes / 1e6:.1f} MB, "
         f"workspace {memory.workspace_bytes / 1e6:.1f} MB"

@@ -41,6 +41,16 @@ def build(llama: Any, session: Any) -> Any:
     return model
 
 
+def one_by_one(model: Any, batches: list[Any], session: Any, objective: Any) -> Any:
+    """Masks for all micro-batches where one of them needs one, as the recorded step has them: attention with a mask and
+    without are two kernels, which round differently."""
+    from megatron_edge.train import step
+
+    masked = any(step.needs_mask(batch, session) for batch in batches)
+    placed = [step.to_device(batch, session, masked) for batch in batches]
+    return step.forward_backward(model, placed, session, objective)
+
+
 def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool) -> dict[str, Any]:
     from megatron_edge.compose import compose
     from megatron_edge.model.build import named_shards
@@ -60,7 +70,7 @@ def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool
     stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(model, composed.train, torch.bfloat16, stream=stream)
     objective = Distillation(build(llama, session), composed.train, session) if mode == "qad" else step.LABELS
-    gradients = StepGraph(stream) if stream is not None else step.forward_backward
+    gradients = StepGraph(stream) if stream is not None else one_by_one
     found = []
     for at in range(STEPS):  # other samples at each step; every second holds two documents, which need masks
         mine = [batch._replace(tokens=batch.tokens.roll(at, 1), labels=batch.labels.roll(at, 1)) for batch in batches]

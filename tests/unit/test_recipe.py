@@ -194,6 +194,15 @@ def test_experts_of_a_layer_have_one_format(argument: str) -> None:
     )
 
 
+def test_the_recipe_in_docs_is_no_larger_than_the_uniform_format() -> None:
+    file = Path(__file__).resolve().parents[2] / "docs" / "mixed_4.50.yaml"
+    mixed, uniform = (configured(one, "device=x86_laptop") for one in (f"quant.recipe=['{file}']", "quant=nvfp4_w4a16"))
+    checks.check_model_dims(mixed, SMOLLM2)
+    assert {format for format, _, _ in formats_of(mixed).values()} == {"int4", "nvfp4", "fp8"}
+    sizes = [memory.weights_bytes(one, SMOLLM2) for one in (mixed, uniform)]
+    assert sizes[1] - sizes[0] == 59_720_520 - 59_720_244, sizes
+
+
 def test_presets_are_what_hydra_composes_of_their_units() -> None:
     for name, preset in devices.presets("quant").items():
         composed = dataclasses.asdict(configured(f"quant={name}").quant)
