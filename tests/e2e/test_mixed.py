@@ -110,7 +110,15 @@ def test_the_found_recipe_edited_trained_exported_and_verified(
     assert not [name for name in linears if name.startswith("3.mlp")]
     assert set(linears.values()) == {"int4", "nvfp4", "fp8"}
     report = json.loads((run_dir / "quant_report.json").read_text())
-    assert {name.split(".")[2] for name in report["awq_alpha"]} == {"2"}, "AWQ where int4 is"
+    first = {
+        "self_attention.linear_qkv": "self_attn.q_proj",
+        "mlp.linear_fc1": "mlp.gate_proj",
+        "mlp.linear_fc2": "mlp.down_proj",
+    }
+    scaled = {name.replace(inside, first[inside]) for name in report["awq_alpha"] for inside in first if inside in name}
+    blocks = {f"decoder.layers.{name}" for name, format in linears.items() if format in ("int4", "nvfp4")}
+    assert scaled == {name for name in blocks if name.endswith(tuple(first.values()))}, "AWQ where scales are of blocks"
+    assert any(".2." in name for name in scaled)
     before = hashes(run_dir / "artifact")
     recipe.unlink()
     shutil.rmtree(run_dir / "artifact")
