@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,8 @@ from megatron_edge import templates
 from megatron_edge.config import GROUPS, QuantConfig, RunConfig, check_same_run, from_yaml, with_derived
 from megatron_edge.contracts import InputError
 from megatron_edge.leaves import build_record, expected, refuse_unknown
+
+log = logging.getLogger("megatron_edge")
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -200,12 +203,20 @@ def of_run(directory: Path) -> RunConfig:
     try:
         return from_yaml(text)
     except InputError:
-        return from_yaml(text, newer=lambda saved: compose([f"train={_mode(saved)}"]))
+        return from_yaml(text, newer=lambda saved: _todays_defaults(saved, directory))
 
 
-def _mode(saved: dict[str, Any]) -> str:
-    train = saved.get("train")
-    return train.get("mode", "qat") if isinstance(train, dict) and train.get("mode") in options("train") else "qat"
+def _todays_defaults(saved: dict[str, Any], directory: Path) -> RunConfig:
+    mode = saved["train"].get("mode") if isinstance(saved.get("train"), dict) else None
+    fresh = compose([f"train={mode}"] if mode in options("train") else [])
+    lacking = []
+    for name in leaves():
+        group, _, member = name.rpartition(".")
+        inside = saved.get(group, {}) if group else saved
+        if isinstance(inside, dict) and member not in inside:
+            lacking.append(name)
+    log.info("%s: written by an older version; conf/'s values for %s", directory, ", ".join(lacking))
+    return fresh
 
 
 def compose_over_run(arguments: Sequence[str]) -> RunConfig:

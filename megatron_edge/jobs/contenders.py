@@ -227,8 +227,7 @@ def _launched_without_waiting(
 ) -> None:
     """Forward and backward where an operation that waits for the device, which a graph cannot hold, is an error: a
     recording that fails would leave torch's allocator between two states."""
-    masked = any(step.needs_mask(batch, session) for batch in batches)
-    placed = [step.to_device(batch, session, masked) for batch in batches]
+    _, placed = step.place(batches, session)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_edge.model.build import chunks_of
 from megatron_edge.runtime.session import Session
 from megatron_edge.train.data import Batch
-from megatron_edge.train.step import DeviceBatch, Objective, forward_backward, needs_mask, to_device
+from megatron_edge.train.step import DeviceBatch, Objective, forward_backward, place
 
 EAGER_STEPS = 2  # libraries and communicators set themselves up at their first use, which must not be recorded
 
@@ -48,8 +48,7 @@ class StepGraph:
     def __call__(
         self, model: nn.ModuleList, batches: list[Batch], session: Session, objective: Objective
     ) -> list[dict[str, Tensor]]:
-        masked = any(needs_mask(batch, session) for batch in batches)
-        placed = [to_device(batch, session, masked) for batch in batches]
+        masked, placed = place(batches, session)
         if self._seen[masked] < EAGER_STEPS:
             self._seen[masked] += 1
             return launched_one_by_one(model, placed, session, objective, self._stream)

@@ -52,6 +52,13 @@ def needs_mask(batch: Batch, session: Session) -> bool:
     return session.plan.cp > 1 or several_documents(batch.documents)
 
 
+def place(batches: Sequence[Batch], session: Session) -> tuple[bool, list[DeviceBatch]]:
+    """A step's micro-batches on the device: all with attention masks, or (False) none, if none of them needs one.
+    Attention with a mask and without are two kernels, which round differently."""
+    masked = any(needs_mask(batch, session) for batch in batches)
+    return masked, [to_device(batch, session, masked) for batch in batches]
+
+
 def to_device(batch: Batch | DeviceBatch, session: Session, masked: bool | None = None) -> DeviceBatch:
     """`masked`: with an attention mask; None: where it needs one."""
     if isinstance(batch, DeviceBatch):

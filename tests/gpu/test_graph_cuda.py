@@ -42,12 +42,10 @@ def build(llama: Any, session: Any) -> Any:
 
 
 def one_by_one(model: Any, batches: list[Any], session: Any, objective: Any) -> Any:
-    """Masks for all micro-batches where one of them needs one, as the recorded step has them: attention with a mask and
-    without are two kernels, which round differently."""
+    """Masks for all micro-batches where one of them needs one, as the recorded step has them."""
     from megatron_edge.train import step
 
-    masked = any(step.needs_mask(batch, session) for batch in batches)
-    placed = [step.to_device(batch, session, masked) for batch in batches]
+    _, placed = step.place(batches, session)
     return step.forward_backward(model, placed, session, objective)
 
 

@@ -141,13 +141,18 @@ def test_yaml_round_trip_is_exact() -> None:
             config.from_yaml(text)
 
 
-def test_a_run_of_an_older_version_has_todays_defaults_for_what_it_does_not_say(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_has_todays_defaults_for_what_it_does_not_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not what its command would say now: another value of a leaf that decides numbers is another run."""
     made = compose.compose(["train=qad", "train.steps=7", "quant=int4"])
     older = yaml.safe_load(config.to_yaml(made))
     del older["train"]["distill_layers_weight"], older["train"]["fp8_gemm"], older["bench"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
-    assert compose.of_run(tmp_path) == made
+    with caplog.at_level("INFO", "megatron_edge"):
+        assert compose.of_run(tmp_path) == made
+    assert "older version" in caplog.text and "train.distill_layers_weight" in caplog.text
+    assert "bench.size" in caplog.text and "train.seed" not in caplog.text
     asked = compose.compose(["train=qad", "train.steps=7", "quant=int4", "train.distill_layers_weight=30"])
     with pytest.raises(InputError, match="distill_layers_weight"):
         config.check_same_run(compose.of_run(tmp_path), asked)
