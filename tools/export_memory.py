@@ -27,7 +27,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SAMPLE_SECONDS = 0.002
 MIB = 1 << 20
@@ -93,7 +92,10 @@ def measure(out: Path, chosen: argparse.Namespace, threads: int) -> int:
 
     artifact = run_dir / "artifact" / "canonical"
     drop_from_cache(checkpoint)
-    row("export", start(run_dir, [], threads), checkpoint_bytes)
+    exported = start(run_dir, [], threads)
+    row("export", exported, checkpoint_bytes)
+    if exported.returncode != 0:
+        return 1
     whole = hashes(artifact)
     print(f"artifact: {sum(file.stat().st_size for file in artifact.iterdir()) / 1e9:.2f} GB")
     if chosen.targets:
@@ -162,8 +164,7 @@ def start(run_dir: Path, targets: list[str], threads: int, kill_after: int = 0) 
     told, journal = run_dir / "told.json", run_dir / "artifact" / ".canonical.building" / ".journal.jsonl"
     told.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--worker", "--out", str(run_dir), "--threads", str(threads)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen([*command, "--targets", *targets], env=environment)
+    process = subprocess.Popen([*command, "--targets", *targets])
     baseline = peak = 0
     began, used = time.monotonic(), core_seconds()
     while process.poll() is None:

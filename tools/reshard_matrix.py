@@ -60,7 +60,7 @@ def main() -> int:
         file = directory / "job.json"
         file.write_text(json.dumps(asdict(Job(str(directory), str(source), chosen.quant, arguments, layouts))))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(
             [*command, str(worlds[layouts[0]]), __file__, "--worker", str(file)], env=environment, check=True
         )

@@ -46,7 +46,8 @@ class Job:
     def start(self) -> subprocess.Popen[bytes]:
         self.starts += 1
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        path = os.pathsep.join(part for part in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if part)
+        environment = {**os.environ, "PYTHONPATH": path}
         with (self.run_dir / f"start{self.starts}.log").open("wb") as log:
             command = [*self.command, f"run_dir={self.run_dir}"]
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.run_dir)

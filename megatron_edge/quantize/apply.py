@@ -8,6 +8,7 @@ trained is what is stored.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -172,7 +173,7 @@ def insert_quantizers(model: nn.Module, plan: QuantPlan) -> dict[str, int]:
             if plan.kv != "none" and name.endswith(".core_attention"):
                 entries += _kv_entries(name, plan.kv)
         if len(entries) > 1:
-            with contextlib.redirect_stdout(None):  # modelopt prints a count per rank; the report has better ones
+            with contextlib.redirect_stdout(io.StringIO()):  # modelopt prints a count per rank; ours are better
                 mtq.quantize(chunk, {"quant_cfg": entries, "algorithm": None})
             _share_table_quantizer(chunk)
     return matches

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import time
 import warnings
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def load_kernels(preset: str) -> list[Kernels]:
             names = ("get_cuda_ext_mx",)
     for name in names:
         began = time.perf_counter()
-        with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(None):
+        with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("always")
             loaded = getattr(extensions, name)()
         why = " ".join(str(warning.message) for warning in said if "xtension" in str(warning.message)).split()
@@ -83,7 +84,7 @@ def quantize(
         _set_group_size(recipe, group_size)
     # Our registered embedding would be quantised along with the layers; modelopt knows none.
     recipe["quant_cfg"] += [{"quantizer_name": f"*{part}*", "enable": False} for part in ("embedding", "output_layer")]
-    with direct.modelopts_own(), contextlib.redirect_stdout(None):
+    with direct.modelopts_own(), contextlib.redirect_stdout(io.StringIO()):
         for chunk in chunks_of(model):
             mtq.quantize(chunk, recipe, forward_loop)
 
