@@ -47,7 +47,10 @@ LIMIT = 2e-6
 
 @pytest.fixture(autouse=True)
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_passes", passes)
+    if INTERPRETED:
+        monkeypatch.setattr(cross_entropy, "_passes", passes)
+    x = torch.ones(2, 8, device=DEVICE)
+    assert cross_entropy._passes(x) == passes(x)
 
 
 def passes(logits: Tensor) -> tuple[Any, Any]:
@@ -71,8 +74,8 @@ def example(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def exact(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """float64, in chunks of rows: the whole would be large."""
-    loss, gradient = torch.empty(len(labels), dtype=torch.float64, device=DEVICE), torch.empty_like(logits)
-    gradient = gradient.to(torch.float64)
+    loss = torch.empty(len(labels), dtype=torch.float64, device=DEVICE)
+    gradient = torch.empty_like(logits, dtype=torch.float64)
     for part in torch.arange(len(labels), device=DEVICE).split(256):
         leaf, outside = logits[part].double().requires_grad_(), (labels[part] < 0) | (labels[part] >= logits.shape[1])
         found = F.cross_entropy(leaf, labels[part].masked_fill(outside, 0), reduction="none")
@@ -192,8 +195,9 @@ def test_in_a_cuda_graph() -> None:
 
 
 def speed(rows: int, columns: int) -> str:
-    """Forward and backward, and peak of memory beside the logits: these kernels, and Megatron's arithmetic."""
+    """Forward and backward, and what memory they take beside the logits: these kernels, and torch in fp32."""
     logits, labels, weights = example(rows, columns, torch.bfloat16)
+    labels.clamp_(0, columns - 1)
     told = f"{rows} x {columns} bf16:"
     for name, loss_of in (("ours", vocab_parallel_cross_entropy), ("torch", torchs)):
         times = []
@@ -211,14 +215,15 @@ def speed(rows: int, columns: int) -> str:
 
 
 def torchs(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def main() -> int:
     if ABSENT:
         print(f"skipped: {ABSENT}")
         return 0
-    cross_entropy._passes = passes
+    if INTERPRETED:
+        cross_entropy._passes = passes
     for dtype in DTYPES:
         for columns in COLUMNS:
             for rows in ROWS:
