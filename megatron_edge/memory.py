@@ -22,6 +22,7 @@ from megatron_edge.recipe import quant_rules, rule_of
 
 DISTILL_CHUNK_BYTES = 2**26  # fp32 logits that distillation works on at once
 DISTILL_CHUNKS = 8  # buffers of that size: train/distill.py
+LOSS_ROW_BYTES = 16  # beside the logits of a token: its label and two fp32 numbers (model/cross_entropy.py)
 ACTIVATION_BYTES = {"bf16": 2, "fp32": 4}  # what layers calculate in, by train.precision
 # Of each trained parameter, by train.precision: its weight, its gradient (DDP's fp32 buffer), and what Adam keeps of it
 # (two fp32 moments, under bf16 the fp32 weight too).
@@ -360,9 +361,9 @@ def _stage_activations_bytes(
     elif train.distill_layers_weight and size < 4:  # in fp32, what the next norm keeps is the layer's output itself
         kept += layers * size * dims.hidden_size // sequence
     if last:
-        # Logits, and softmax in fp32 (in the place of fp32 logits); a distillation keeps its own (_teacher_bytes).
-        softmax = 0 if train.mode == "qad" or size == 4 else 4
-        kept += (size + softmax) * dims.vocab_size // layout.tp
+        # Logits, in whose place their gradient is made; a distillation makes its own beside them (_teacher_bytes).
+        kept += size * dims.vocab_size // layout.tp
+        kept += LOSS_ROW_BYTES if train.mode != "qad" else 0
         kept += _norm_bytes(dims, size) // sequence
     largest = 2 * dims.ffn_hidden_size * dims.hidden_size
     if stage == 0 or last:

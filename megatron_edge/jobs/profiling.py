@@ -1,8 +1,8 @@
 """Where the time of a step goes: torch.profiler's kernels in groups. Called by jobs/bench.py.
 
 Kernels are told apart by their names, those of the optimizer by their time (all after forward and backward), those of
-the loss by the shapes of their operation, which only a step launched kernel by kernel knows: in a CUDA graph the loss
-is among the elementwise kernels. On a CPU the same of torch's operations.
+the loss also by the shapes of their operation, which only a step launched kernel by kernel knows: in a CUDA graph what
+is not in kernels of the loss alone is among the elementwise ones. On a CPU the same of torch's operations.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_edge.train.data import Batch
 # In this order: the first that a name matches.
 GROUPS = (
     ("attention", r"flash|fmha|sdpa|attention"),
+    ("loss", r"_loss_(rows|gradient)_kernel"),
     ("GEMM", r"gemm|cutlass|nvjet|cublas|xmma|matmul|splitk|aten::(mm|_scaled_mm|addmm|bmm|linear)$"),
     ("fake quantisation", r"_(static|grouped|nvfp4|q8_0|\w+_operand|fp8_values)_kernel|fake_|e4m3|fp4|quant|amax_conv"),
     ("copies and casts", r"memcpy|memset|copy|fill|::zero|catarray|aten::cat"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_edge.checks import layers_per_chunk
 from megatron_edge.contracts import InputError, ParallelPlan, ParamRule
 from megatron_edge.families import dims_of, family_of, find_rule, pieces, renormalises, rules_of
+from megatron_edge.model.cross_entropy import gpt_class
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
 from megatron_edge.model.layers import FusedRMSNorm, PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
 
@@ -141,7 +142,6 @@ def build_model(
 def _build_chunk(
     hf_config: dict, config: Any, device: torch.device, first: bool, last: bool, vp_stage: int | None, backend: Backend
 ) -> nn.Module:
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -151,7 +151,7 @@ def _build_chunk(
     )
     norm = _set_layers(layer.submodules, config, backend)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    model = GPTModel(
+    model = gpt_class()(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm),
         vocab_size=dims.vocab_size,

@@ -43,7 +43,9 @@ CASES: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 
 
 def shared_loss(session: Any) -> dict[str, float]:
-    """How far loss and gradient of logits that the tensor ranks share are from torch's of the whole, in float64."""
+    """How far losses and gradients of logits that the tensor ranks share are from torch's of the whole, in float64:
+    the distillation's, and the labels' cross-entropy."""
+    from megatron_edge.model.cross_entropy import vocab_parallel_cross_entropy
     from megatron_edge.runtime.session import tensor_group
     from megatron_edge.train.distill import distillation_loss
 
@@ -65,6 +67,13 @@ def shared_loss(session: Any) -> dict[str, float]:
     assert whole.grad is not None and own.grad is not None
     pairs = {"loss": (losses.loss, exact), "kl": (losses.kl, kl), "label": (losses.label_loss, label)}
     pairs["gradient"] = (own.grad, mine(whole.grad, 2))
+    alone, part = (x.detach().clone().requires_grad_() for x in (whole, own))
+    _, cross_entropy = plain_loss(alone, hidden.double() @ head.double().t(), labels, 1.0)
+    cross_entropy.sum().backward()
+    pairs["cross-entropy"] = (vocab_parallel_cross_entropy(part * 1, labels, tensor_group()), cross_entropy)
+    pairs["cross-entropy"][0].sum().backward()
+    assert alone.grad is not None and part.grad is not None
+    pairs["cross-entropy's gradient"] = (part.grad, mine(alone.grad, 2))
     return {name: float((a.double() - b).abs().max()) for name, (a, b) in pairs.items()}
 
 

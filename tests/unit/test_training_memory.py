@@ -14,6 +14,7 @@ from megatron_edge.config import RunConfig
 from megatron_edge.contracts import ParallelPlan
 from megatron_edge.families import dims_of
 from megatron_edge.model.build import build_model, chunks_of, forward
+from megatron_edge.model.cross_entropy import vocab_parallel_cross_entropy
 from megatron_edge.model.hf_config import checked_config
 from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt
 from megatron_edge.quantize.policy import make_plan
@@ -105,6 +106,25 @@ def test_a_layers_activations_are_what_autograd_keeps(
     if recompute == "full":
         planned = memory.ACTIVATION_BYTES[precision] * dims.hidden_size
     assert (four - two) / (2 * TOKENS) == pytest.approx(planned, rel=0.01 if raw is EXPERTS else 1e-4)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_loss_keeps_the_logits_alone(precision: str, session: Any) -> None:
+    """More words: so many more logits in the activations' dtype, and nothing beside them."""
+    config, sizes = configured(f"train.precision={precision}", "quant=none"), (512, 1536)
+    models = [DENSE | {"vocab_size": size} for size in sizes]
+    few, many = (saved_bytes(raw, config, session)[0] for raw in models)
+    assert many - few == TOKENS * (sizes[1] - sizes[0]) * memory.ACTIVATION_BYTES[precision]
+    plans = [memory.training_plan(config, checked_config(raw, "the test's model"), ParallelPlan())[0] for raw in models]
+    largest = memory.ACTIVATION_BYTES[precision] * (sizes[1] - sizes[0]) * DENSE["hidden_size"]  # gradient of the table
+    assert plans[1].activations_bytes - plans[0].activations_bytes - largest == many - few
+
+
+def test_a_tokens_loss_keeps_a_label_and_two_numbers(session: Any) -> None:
+    made, found = torch.randn(TOKENS, 1, 512, dtype=torch.bfloat16, requires_grad=True) * 1, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda tensor: tensor):
+        vocab_parallel_cross_entropy(made, torch.zeros(TOKENS, 1, dtype=torch.long))
+    assert sum(tensor.nbytes for tensor in found) - made.nbytes == TOKENS * memory.LOSS_ROW_BYTES
 
 
 @pytest.mark.parametrize(
