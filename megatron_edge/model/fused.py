@@ -105,7 +105,8 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _turned(gradient, *ctx.saved_tensors, back=True), None
+        (rotation,) = ctx.saved_tensors
+        return _turned(gradient, rotation, back=True), None
 
 
 def _turned(x: Tensor, rotation: Tensor, back: bool) -> Tensor:

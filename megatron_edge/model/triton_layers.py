@@ -34,16 +34,16 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Rows are (token, head) of x [tokens, heads, size]; `inverse` is 1 / rms, fp32 [rows]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, SIZE)[None, :]
     inside = (row < rows) & (column < size)
-    place = (row // heads) * stride_token + (row % heads) * stride_head + column
+    place = (row // heads).to(tl.int64) * stride_token + (row % heads) * stride_head + column
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / size + eps)
     tl.store(inverse + row, scale, mask=row < rows)
     normed = (value * scale).to(x.dtype.element_ty).to(tl.float32)
     product = normed * tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-    tl.store(out + row * size + column, product.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row.to(tl.int64) * size + column, product.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,9 +59,9 @@ def _rms_norm_backward_kernel(
     total = tl.zeros((ROWS, SIZE), tl.float32)
     tile = program
     while tile < tiles:
-        row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < size)
-        token, head = row // heads, row % heads
+        token, head = (row // heads).to(tl.int64), row % heads
         value = tl.load(x + token * stride_token + head * stride_head + column, mask=inside, other=0.0).to(tl.float32)
         place = token * gradient_token + head * gradient_head + column
         of_out = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
@@ -69,7 +69,7 @@ def _rms_norm_backward_kernel(
         normed, of_normed = value * scale, of_out * factor
         mean = tl.sum(normed * of_normed, axis=1, keep_dims=True) / size
         result = scale * (of_normed - normed * mean)
-        tl.store(of_x + row * size + column, result.to(of_x.dtype.element_ty), mask=inside)
+        tl.store(of_x + row.to(tl.int64) * size + column, result.to(of_x.dtype.element_ty), mask=inside)
         if TRAINED:
             total += of_out * normed.to(x.dtype.element_ty).to(tl.float32)
         tile += programs
