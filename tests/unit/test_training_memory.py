@@ -105,7 +105,7 @@ def test_a_layers_activations_are_what_autograd_keeps(
     planned = memory.layer_activations_bytes(config, dims, ParallelPlan())
     if recompute == "full":
         planned = memory.ACTIVATION_BYTES[precision] * dims.hidden_size
-    assert (four - two) / (2 * TOKENS) == pytest.approx(planned, rel=1e-4, abs=64 if raw is EXPERTS else 0)
+    assert (four - two) / (2 * TOKENS) == pytest.approx(planned, rel=1e-4, abs=72 if raw is EXPERTS else 0)
 
 
 @pytest.mark.parametrize(
