@@ -1,4 +1,4 @@
-"""The layers that we put in place of Megatron's: norm, SwiGLU, rotary embedding, attention.
+"""The layers that we put in place of Megatron's: norm, rotary embedding, attention, experts; their arithmetic is in fused.py.
 
 Same code on CPU and CUDA, with and without TransformerEngine; numerics are those of the Hugging Face model, so
 that import and artifact can be compared with it.
@@ -62,7 +62,7 @@ class PackedRotaryEmbedding(nn.Module):
     """Rotations for packed windows, whose positions restart at each document.
 
     Stands in for megatron's RotaryEmbedding. `position_ids` [b, s] is set before each forward of the model; the result
-    is fp32 [s, b, 1, head_dim], cosines of half the size followed by sines, once for all layers (rotating_attention).
+    is fp32 [s, b, 1, head_dim], cosines of half the size followed by sines, once for all layers (fused.rotate).
     """
 
     def __init__(self, head_dim: int, theta: float, scaling: dict | None, device: torch.device) -> None:

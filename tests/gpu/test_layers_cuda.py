@@ -167,6 +167,7 @@ def test_in_a_cuda_graph(name: str) -> None:
         return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         expected = [x.clone() for x in once()]
     torch.cuda.synchronize()
