@@ -1,4 +1,4 @@
-"""The layers that we put in place of Megatron's: norm, rotary embedding, attention, experts; their arithmetic is in fused.py.
+"""The layers that we put in place of Megatron's: norm, rotary embedding, attention, experts (arithmetic: fused.py).
 
 Same code on CPU and CUDA, with and without TransformerEngine; numerics are those of the Hugging Face model, so
 that import and artifact can be compared with it.
