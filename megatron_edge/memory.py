@@ -299,7 +299,7 @@ def _quantizers_bytes(
 
 def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: ParallelPlan) -> int:
     """What backward needs of one layer for one token of a rank's part of the text: the tensors that torch's autograd
-    keeps of model/layers.py and Megatron's MLP, one by one. Routed tokens are taken to spread evenly over experts.
+    keeps of model/layers.py and model/fused.py, one by one. Routed tokens are taken to spread evenly over experts.
 
     With a mask, as packed documents need: windows of one document keep no mask, and with flash attention no key and
     value for each head.
@@ -310,7 +310,6 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     size, sequence = ACTIVATION_BYTES[config.train.precision], layout.tp if layout.sequence_parallel else 1
     norms = 2 * _norm_bytes(dims, size) // sequence
     heads, kv_heads = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    rotary = size * 4 * dims.head_dim  # sine and cosine, for queries and for keys
     if config.parallel.recompute == "selective":  # query, key, what value is a view of (all three), and the result
         attention, mask = size * 3 * (heads + kv_heads), 0
     else:  # query and result; key and value (of all context ranks) for each head; log of the sums
@@ -320,11 +319,11 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     norms -= 2 * (size - kept) * dims.hidden_size // sequence
     if any(part.activation != "none" for _, part in parts_of(config.quant)):
         attention += kept * heads  # the projection keeps its rounded input beside the result
-    # gate and up, silu(gate), up with Megatron's offset of 0, their product
-    mlp = (size * 4 + kept) * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
+    # gate and up, and what SwiGLU makes of them
+    mlp = (size * 2 + kept) * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
     # an expert's input and its output before the router's weight
     routed = size * 2 * dims.experts_per_token * dims.hidden_size * layout.etp
-    return norms + rotary + mask + (attention + mlp + routed) // layout.tp
+    return norms + mask + (attention + mlp + routed) // layout.tp
 
 
 def _keeps_codes(config: RunConfig) -> bool:
@@ -338,8 +337,8 @@ def _keeps_codes(config: RunConfig) -> bool:
 
 
 def _norm_bytes(dims: ModelDims, size: int) -> int:
-    """Of one token: a norm's input in fp32, 1 / rms, what the weight multiplies, and the result."""
-    return dims.hidden_size * (4 + size + size) + 4
+    """Of one token: a norm's input, the result, and 1 / rms in fp32."""
+    return dims.hidden_size * (size + size) + 4
 
 
 def _stage_activations_bytes(
@@ -358,8 +357,7 @@ def _stage_activations_bytes(
     kept = per_layer * layers
     if config.parallel.recompute == "full":
         kept = per_layer + layers * size * dims.hidden_size // sequence
-    elif train.distill_layers_weight and size < 4:  # in fp32, what the next norm keeps is the layer's output itself
-        kept += layers * size * dims.hidden_size // sequence
+    kept += 4 * dims.head_dim  # the rotation, which all layers share
     if last:
         # Logits, in whose place their gradient is made; a distillation makes its own beside them (_teacher_bytes).
         kept += size * dims.vocab_size // layout.tp

@@ -17,8 +17,16 @@ from megatron_edge.checks import layers_per_chunk
 from megatron_edge.contracts import InputError, ParallelPlan, ParamRule
 from megatron_edge.families import dims_of, family_of, find_rule, pieces, renormalises, rules_of
 from megatron_edge.model.cross_entropy import gpt_class
+from megatron_edge.model.fused import swiglu
 from megatron_edge.model.hf_config import rope_scaling, rope_theta
-from megatron_edge.model.layers import FusedRMSNorm, PackedAttention, PackedRotaryEmbedding, RMSNorm, experts_class
+from megatron_edge.model.layers import (
+    FusedRMSNorm,
+    PackedAttention,
+    PackedRotaryEmbedding,
+    RMSNorm,
+    experts_class,
+    rotating_attention_class,
+)
 
 ReadSlice = Callable[[str, slice | None, slice | None], Tensor]
 Recompute = Literal["none", "selective", "full"]
@@ -47,6 +55,7 @@ def transformer_config(
         add_qkv_bias=family.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=True,  # the layer's own function on gate and up together: _set_layers gives ours
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -167,17 +176,19 @@ def _build_chunk(
 
 
 def _set_layers(layer: Any, config: Any, backend: Backend) -> Any:
-    """Puts our attention and experts, and the backend's norms and linear layers, into a layer's specification.
+    """Puts our attention, SwiGLU and experts, and the backend's norms and linear layers, into a layer's specification.
 
     Returns:
         The class of the backend's norm.
     """
     attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
     attention.core_attention = PackedAttention
+    layer.self_attention.module = rotating_attention_class()
     linears = mlp
     if config.num_moe_experts:
         mlp.experts.module = experts_class()
         linears = mlp.experts.submodules
+    linears.activation_func = swiglu
     norm: Any = FusedRMSNorm if backend == "apex" else RMSNorm
     if backend == "te":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear

@@ -1,4 +1,4 @@
-"""The layers that we put in place of Megatron's: norm, rotary embedding, core attention.
+"""The layers that we put in place of Megatron's: norm, rotary embedding, attention, experts (arithmetic: fused.py).
 
 Same code on CPU and CUDA, with and without TransformerEngine; numerics are those of the Hugging Face model, so
 that import and artifact can be compared with it.
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_edge.model import fused
+
 
 class RMSNorm(nn.Module):
     """y = weight * x / rms(x), the statistic in fp32. Usable with sequence parallelism, which upstream's
@@ -28,9 +30,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class FusedRMSNorm(RMSNorm):
@@ -59,10 +59,10 @@ def rotary_inverse_frequencies(head_dim: int, theta: float, scaling: dict | None
 
 
 class PackedRotaryEmbedding(nn.Module):
-    """Angles for packed windows, whose positions restart at each document.
+    """Rotations for packed windows, whose positions restart at each document.
 
-    Stands in for megatron's RotaryEmbedding. `position_ids` [b, s] is set before each forward of the model;
-    the result is fp32 [s, b, 1, head_dim], which Megatron's unfused rope broadcasts over heads.
+    Stands in for megatron's RotaryEmbedding. `position_ids` [b, s] is set before each forward of the model; the result
+    is fp32 [s, b, 1, head_dim], cosines of half the size followed by sines, once for all layers (fused.rotate).
     """
 
     def __init__(self, head_dim: int, theta: float, scaling: dict | None, device: torch.device) -> None:
@@ -78,7 +78,28 @@ class PackedRotaryEmbedding(nn.Module):
     def forward(self, seq_len: int, **_: Any) -> Tensor:
         assert self.position_ids is not None
         angles = self.position_ids.t().float()[..., None] * self.inverse_frequencies
-        return torch.cat((angles, angles), dim=-1)[:, :, None, :]
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)[:, :, None, :]
+
+
+@functools.cache
+def rotating_attention_class() -> type[nn.Module]:
+    """Megatron's SelfAttention, which turns query and key by PackedRotaryEmbedding's rotations itself, as soon as it
+    has them: upstream's unfused rope is ten operations on each."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    class RotatingSelfAttention(SelfAttention):
+        def forward(self, *args: Any, rotary_pos_emb: Tensor, **others: Any) -> Any:
+            self._rotation = rotary_pos_emb
+            try:
+                return super().forward(*args, rotary_pos_emb=None, **others)
+            finally:
+                del self._rotation
+
+        def get_query_key_value_tensors(self, *args: Any, **others: Any) -> tuple[Tensor, Tensor, Tensor]:
+            query, key, value = super().get_query_key_value_tensors(*args, **others)
+            return fused.rotate(query, self._rotation), fused.rotate(key, self._rotation), value
+
+    return RotatingSelfAttention
 
 
 def _gather_parts(x: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def test_the_loss_of_a_step_has_the_layers_part(session: Any) -> None:
 
 
 def test_states_of_layers_are_planned() -> None:
-    """A teacher's of all micro-batches on the stage that has the layer; a student's where autograd keeps them not."""
+    """A teacher's of all micro-batches on the stage that has the layer; a student's own are what its norms keep."""
     options = ["train=qad", "train.seq_length_tokens=64", "train.distill_layers_weight=1"]
     layers, width = TINY["num_hidden_layers"], TINY["hidden_size"]
     for precision, size in (("bf16", 2), ("fp32", 4)):
@@ -125,8 +125,7 @@ def test_states_of_layers_are_planned() -> None:
             assert [teacher for teacher, _ in more] == [
                 layers // layout.pp * state * with_layers.train.global_batch // layout.dp
             ] * layout.pp
-            in_flight = [layers // layout.pp * (layout.pp - stage) for stage in range(layout.pp)]
-            assert [own for _, own in more] == [state * count if size == 2 else 0 for count in in_flight]
+            assert all(own == 0 for _, own in more)
 
 
 def test_a_teacher_of_other_layers_is_refused(tmp_path: Path) -> None:
