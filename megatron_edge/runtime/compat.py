@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_edge.contracts import disk_error
+from megatron_edge.runtime import main_weights
 
 MEGATRON_VERSIONS = ("0.16.1",)
 MODELOPT_VERSIONS = ("0.47.0",)
@@ -190,6 +191,7 @@ def install() -> None:
         _megatron_on_cpu()
     _write_checkpoints_in_process()
     _full_disks_are_told_to_all_ranks()
+    main_weights.copy_in_one_launch()
     _experts_without_transformer_engine()
     _modelopt_exception_safe()
     _modelopt_leaves_experts_alone()
