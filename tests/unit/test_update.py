@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_adam import PlainAdam, mains_of
+from plain_adam import PlainAdam, apart, mains_of
 from tiny_megatron import megatron_twin, random_batches, random_experts, random_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,7 +67,8 @@ def test_updates_are_those_of_a_plain_loop(
         assert left == pytest.approx(min(result.gradient_norm, TRAIN.clip_norm), rel=1e-5)
         assert at or result.gradient_norm > TRAIN.clip_norm, "what is clipped is tested"
         plain.step()
-    assert plain.largest_difference() < 2e-6  # of weights that moved by 0.04
+    print(f"{plain.apart():.1e}")
+    assert plain.apart() < 5e-6
     for param, slot in optimizer_state._slots(optimizer).items():
         assert torch.equal(param.detach().flatten()[slot.begin : slot.end], slot.main.detach().flatten().to(dtype))
 
@@ -97,8 +98,9 @@ def test_a_state_of_either_kind_is_continued(
     assert steps == 3
     held, _ = optimizer_state.gather_state(optimizer, parameters(chunks))
     bit_for_bit = saved_on == loaded_on and not distributed  # which adds up the norm in another order
-    for target, source in zip(parameters(others), parameters(chunks), strict=True):
-        assert float((new[target]["main"] - held[source]["main"]).abs().max()) <= (0.0 if bit_for_bit else 1e-6)
+    ours = [new[param]["main"] for param in parameters(others)]
+    theirs = [held[param]["main"] for param in parameters(chunks)]
+    assert apart(ours, theirs) <= (0.0 if bit_for_bit else 5e-6)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
