@@ -33,7 +33,6 @@ _MODULES_NAMING_CUDA = (
     "pipeline_parallel.p2p_communication",
     "distributed.param_and_grad_buffer",
     "optimizer.optimizer",
-    "optimizer.clip_grads",
     "transformer.moe.router",
     "transformer.moe.token_dispatcher",
     "utils",
@@ -120,7 +119,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 class _CpuTensorsAsCuda(torch.overrides.TorchFunctionMode):
     """Tensor.type() answers 'torch.cuda.FloatTensor' for CPU tensors, with which upstream compares
-    (optimizer.py:671, clip_grads.py:167), and Tensor.cuda() gives the tensor itself (language_module.py:244)."""
+    (optimizer.py:671), and Tensor.cuda() gives the tensor itself (language_module.py:244)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -204,14 +203,11 @@ def _megatron_on_cpu() -> None:
         importlib.import_module("megatron.core." + name).torch = proxy  # type: ignore[attr-defined]
     _random_states_on_cpu()
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer import optimizer
 
     LanguageModule.setup_embeddings_and_output_layer = _with_cpu_as_cuda(
         LanguageModule.setup_embeddings_and_output_layer
     )
-    clip = _with_cpu_as_cuda(clip_grads.clip_grad_by_total_norm_fp32)
-    clip_grads.clip_grad_by_total_norm_fp32 = clip
-    optimizer.clip_grad_by_total_norm_fp32 = clip
     mixed = optimizer.Float16OptimizerWithFloat16Params
     mixed.__init__ = _with_cpu_as_cuda(mixed.__init__)
     _distributed_optimizer_on_cpu()
