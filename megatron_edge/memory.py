@@ -165,7 +165,10 @@ def training_plan(
     layout: ParallelPlan,
     teacher: Mapping[str, Any] | None = None,
 ) -> tuple[TrainingMemory, ...]:
-    """Bytes per rank, one entry per pipeline stage, and a teacher of the config.json `teacher` where there is one."""
+    """Bytes per rank, one entry per pipeline stage, and a teacher of the config.json `teacher` where there is one.
+
+    The update counts for nothing: on CUDA it is one kernel without temporaries (train/update.py), after activations are
+    gone; on a CPU what it makes is as large as the largest weight."""
     train = config.train
     micro_batches = max(1, train.global_batch // (train.micro_batch * layout.dp))
     expert_copies = layout.world_size // (layout.pp * layout.ep * layout.etp)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_edge.contracts import disk_error
+from megatron_edge.runtime import main_weights
 
 MEGATRON_VERSIONS = ("0.16.1",)
 MODELOPT_VERSIONS = ("0.47.0",)
@@ -32,7 +33,6 @@ _MODULES_NAMING_CUDA = (
     "pipeline_parallel.p2p_communication",
     "distributed.param_and_grad_buffer",
     "optimizer.optimizer",
-    "optimizer.clip_grads",
     "transformer.moe.router",
     "transformer.moe.token_dispatcher",
     "utils",
@@ -119,7 +119,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 class _CpuTensorsAsCuda(torch.overrides.TorchFunctionMode):
     """Tensor.type() answers 'torch.cuda.FloatTensor' for CPU tensors, with which upstream compares
-    (optimizer.py:671, clip_grads.py:167), and Tensor.cuda() gives the tensor itself (language_module.py:244)."""
+    (optimizer.py:671), and Tensor.cuda() gives the tensor itself (language_module.py:244)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -190,6 +190,7 @@ def install() -> None:
         _megatron_on_cpu()
     _write_checkpoints_in_process()
     _full_disks_are_told_to_all_ranks()
+    main_weights.copy_in_one_launch()
     _experts_without_transformer_engine()
     _modelopt_exception_safe()
     _modelopt_leaves_experts_alone()
@@ -202,14 +203,11 @@ def _megatron_on_cpu() -> None:
         importlib.import_module("megatron.core." + name).torch = proxy  # type: ignore[attr-defined]
     _random_states_on_cpu()
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer import optimizer
 
     LanguageModule.setup_embeddings_and_output_layer = _with_cpu_as_cuda(
         LanguageModule.setup_embeddings_and_output_layer
     )
-    clip = _with_cpu_as_cuda(clip_grads.clip_grad_by_total_norm_fp32)
-    clip_grads.clip_grad_by_total_norm_fp32 = clip
-    optimizer.clip_grad_by_total_norm_fp32 = clip
     mixed = optimizer.Float16OptimizerWithFloat16Params
     mixed.__init__ = _with_cpu_as_cuda(mixed.__init__)
     _distributed_optimizer_on_cpu()

@@ -30,7 +30,8 @@ class _Slot:
     end: int
 
 
-def _inner_optimizers(optimizer: Any) -> list[Any]:
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers of this rank, one or several chained; each has torch's as `optimizer`."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
@@ -38,7 +39,7 @@ def _slots(optimizer: Any) -> dict[nn.Parameter, _Slot]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     slots: dict[nn.Parameter, _Slot] = {}
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner, DistributedOptimizer):
             for param, (group, order) in inner.model_param_group_index_map.items():
                 part = inner._get_model_param_range_map(param)["param"]
@@ -72,7 +73,7 @@ def _groups_of(optimizer: Any, params: list[nn.Parameter]) -> dict[nn.Parameter,
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     groups: dict[nn.Parameter, Any] = dict.fromkeys(params)
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner, DistributedOptimizer):
             groups.update((param, inner.data_parallel_group) for buffer in inner.buffers for param in buffer.params)
     return groups
@@ -80,17 +81,22 @@ def _groups_of(optimizer: Any, params: list[nn.Parameter]) -> dict[nn.Parameter,
 
 @torch.no_grad()
 def gather_state(optimizer: Any, params: list[nn.Parameter]) -> tuple[dict[nn.Parameter, dict[str, Tensor]], int]:
-    """fp32 tensors of each parameter's shape by kind, and the number of steps taken. All ranks call it, with their
-    parameters in the same order."""
+    """fp32 tensors of each parameter's shape by kind, and the number of steps taken; the optimizer's own tensors where
+    no ranks share them, to be read before the next step. All ranks call it, with their parameters in the same order."""
     slots, kinds, groups = _slots(optimizer), kinds_of(params), _groups_of(optimizer, params)
     found: dict[nn.Parameter, dict[str, Tensor]] = {}
     for param in params:
         found[param] = {}
         for kind in kinds:
-            whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+            kept = None
             if param in slots:
                 slot = slots[param]
-                kept = slot.main if kind == "main" else slot.inner.optimizer.state[slot.main][kind]
+                kept = slot.main.detach() if kind == "main" else slot.inner.optimizer.state[slot.main][kind]
+            if groups[param] is None and kept is not None:
+                found[param][kind] = kept.view(param.shape)
+                continue
+            whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+            if kept is not None:
                 whole[slot.begin : slot.end] = kept.reshape(-1)
             if groups[param] is not None:
                 dist.all_reduce(whole, group=groups[param])  # each element is on one rank, zero on the others
@@ -115,25 +121,26 @@ def set_state(optimizer: Any, loaded: dict[nn.Parameter, dict[str, Tensor]], ste
             state[kind] = parts[kind].view(slot.main.shape).clone()
         if "main" in parts:
             slot.main.copy_(parts["main"].view(slot.main.shape))
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
-            if _counts_by_parameter(inner):
+            if is_torch_adam(inner):
                 for main in group["params"]:  # one tensor each: shared, it would be counted up once per parameter
-                    inner.optimizer.state[main]["step"] = torch.tensor(float(steps))
+                    where = main.device if group["fused"] else torch.device("cpu")  # where Adam counts
+                    inner.optimizer.state[main]["step"] = torch.full((), float(steps), device=where)
             else:
                 group["step"] = steps
 
 
-def _counts_by_parameter(inner: Any) -> bool:
+def is_torch_adam(inner: Any) -> bool:
     """torch's Adam counts steps for each parameter, the fused ones of TransformerEngine and apex for each group."""
     return isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 def _steps(optimizer: Any) -> int:
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
             for main in group["params"]:
-                if _counts_by_parameter(inner):
+                if is_torch_adam(inner):
                     return int(inner.optimizer.state[main]["step"])
             if "step" in group:
                 return int(group["step"])

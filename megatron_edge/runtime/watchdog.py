@@ -26,8 +26,8 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import psutil
 import torch.distributed as dist
@@ -101,15 +101,15 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         quiet, before, last = 0.0, None, None
         with contextlib.suppress(RuntimeError):  # a store that is gone is told of below
-            self._beat(quiet, _main_frames())
+            self._beat(quiet, _look())
         while not self.ended.wait(BEAT_SECONDS):
-            frames = _main_frames()
-            position = (_marks, *((frame.f_code, frame.f_lasti) for frame in frames))
+            seen = _look()
+            position = (_marks, *seen.position)
             # Counted in beats, not by the clock: a process that was stopped and continued has lost no time.
             quiet = quiet + BEAT_SECONDS if position == last and sys.gettrace() is None else 0.0
             last = position
             try:
-                self._beat(quiet, frames)
+                self._beat(quiet, seen)
                 if self.store.check(["hung"]):
                     self._leave(json.loads(self.store.get("hung")))
                 if quiet < self.timeout_seconds / 2:
@@ -128,14 +128,14 @@ class _Watch(threading.Thread):
             self._guard.stdin.close()
             self._guard.wait()
 
-    def _beat(self, quiet: float, frames: list[FrameType]) -> None:
+    def _beat(self, quiet: float, seen: _Seen) -> None:
         self._beats += 1
         if self._guard is not None and self._guard.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # somebody ended the guard: the job goes on without
                 self._guard.stdin.write(b".")
         sign = {
             "beat": self._beats, "pid": os.getpid(), "node": os.environ.get("GROUP_RANK"), "quiet_seconds": quiet,
-            "waits": _waits(frames), "where": _where(frames), "doing": _doing,
+            "waits": seen.waits, "where": seen.where, "doing": _doing,
         }  # fmt: skip
         self.store.set(f"alive/{self.rank}", json.dumps(sign))
 
@@ -247,8 +247,23 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:LISTED_RANKS]))}"
 
 
+class _Seen(NamedTuple):
+    """Where the main thread stood. No frame of it: one that is kept outlives its function, and with it all that the
+    function's names mean, which in training are activations, logits and gradients."""
+
+    position: tuple[tuple[CodeType, int], ...]
+    waits: bool
+    where: str
+
+
+def _look() -> _Seen:
+    frames = _main_frames()
+    position = tuple((frame.f_code, frame.f_lasti) for frame in frames)
+    return _Seen(position, _waits(frames), _where(frames))
+
+
 def _main_frames() -> list[FrameType]:
-    """The main thread's frames, innermost first."""
+    """The main thread's frames, innermost first. Not to be kept."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = []
     while frame is not None:

@@ -107,6 +107,8 @@ def memory_bytes_per_rank(session: Session) -> list[int]:
         used = torch.cuda.max_memory_allocated()
     else:
         used = psutil.Process().memory_info().rss
+    if session.plan.world_size == 1:
+        return [used]  # without a wait for the device
     mine = torch.tensor([used], dtype=torch.int64, device=session.device)
     everyone = [torch.zeros_like(mine) for _ in range(session.plan.world_size)]
     dist.all_gather(everyone, mine)

@@ -17,6 +17,7 @@ from megatron_edge.quantize import adapters
 from megatron_edge.quantize.apply import constant_weights, set_weight_cache
 from megatron_edge.runtime.session import Session, context_positions, gather_context
 from megatron_edge.runtime.watchdog import mark
+from megatron_edge.train import update
 from megatron_edge.train.data import Batch, attention_mask, several_documents
 
 
@@ -98,11 +99,7 @@ def make_trainable(
     Returns:
         (chunks in Megatron's DistributedDataParallel, Megatron optimizer). All ranks call it.
     """
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     chunks = chunks_of(model)
@@ -131,10 +128,11 @@ def make_trainable(
         ),
         list(wrapped),
     )
+    update.fuse(optimizer)
     adapters.let_gradients_pass(wrapped)
     set_weight_cache(wrapped, train.cache_weights)
     config = chunks[0].config  # of all chunks
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = update.finalize
     config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
 
@@ -247,39 +245,37 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     found = gradients(model, batches, session, objective)
-    total, tokens, *others = _reduce(found, session, objective.parts)
-    norm, applied = _update(optimizer, math.isfinite(total), session)
+    optimizer.prepare_grads()
+    square = update.gradient_square(optimizer, session.device)
+    is_bad = torch.logical_not(square.isfinite())
+    sums = torch.cat([_sums(found, session, objective.parts), is_bad.double()[None]])
+    dist.all_reduce(sums)
+    # Fetched together: each time that the host waits for the device, it loses its lead.
+    total, tokens, *others, are_bad, square_of_norm = torch.cat([sums, square[None]]).tolist()
+    # Upstream asks for finite gradients only where a loss is scaled, which fp16 needs, and would put what is not finite
+    # into the weights.
+    norm, applied = math.sqrt(square_of_norm), math.isfinite(total) and not are_bad
+    if applied:
+        update.clip_and_step(optimizer, norm)
     adapters.merge(model)
     parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
     return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
 
 
-def _update(optimizer: Any, is_finite: bool, session: Session) -> tuple[float, bool]:
-    """Clips and steps; (gradient norm before clipping, whether it was done). Upstream asks for finite gradients only
-    where a loss is scaled, which fp16 needs, and would put what is not finite into the weights."""
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if session.agree_any(not (is_finite and math.isfinite(norm))):
-        return norm, False
-    if optimizer.config.clip_grad > 0:
-        for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-            parameters = inner.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
-    optimizer.step_with_ready_grads()
-    return norm, True
-
-
-def _reduce(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, ...] = ()) -> list[float]:
-    """Sums of loss, tokens and `parts` over micro-batches, stages and data-parallel ranks, on every rank. What is found
-    has some of them each, equal on tensor-parallel ranks."""
+def _sums(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, ...] = ()) -> Tensor:
+    """fp64, on the device: loss, tokens and `parts` over this rank's micro-batches; 0 where another rank has the same.
+    What is found has some of them each, equal on tensor-parallel ranks."""
     names = ("total", "tokens", *parts)
     sums = torch.zeros(len(names), dtype=torch.float64, device=session.device)
     if session.tp_rank == 0:
         for part in found:
             sums += torch.stack([part[name].double() if name in part else torch.zeros_like(sums[0]) for name in names])
+    return sums
+
+
+def _reduce(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, ...] = ()) -> list[float]:
+    """Those sums over stages and data-parallel ranks too, on every rank. All ranks call it."""
+    sums = _sums(found, session, parts)
     dist.all_reduce(sums)
     return sums.tolist()
 

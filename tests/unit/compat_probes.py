@@ -103,6 +103,7 @@ def run(session: Session) -> dict[str, tuple[str, str]]:
 
     setup = "setup_embeddings_and_output_layer"
     probes: dict[str, tuple[Callable[[Session], bool], Any, str, Any]] = {
+        "utils": (linear_backward, core("utils"), "torch", torch),  # first: it keeps the buffer that it once made
         "tensor_parallel.layers": (linear_backward, core("tensor_parallel.layers"), "torch", torch),
         "tensor_parallel.mappings": (reduce_scatter, core("tensor_parallel.mappings"), "torch", torch),
         "pipeline_parallel.p2p_communication": (
@@ -110,7 +111,7 @@ def run(session: Session) -> dict[str, tuple[str, str]]:
         ),
         setup: (tied_embeddings, LanguageModule, setup, getattr(LanguageModule, setup).__wrapped__),
     }  # fmt: skip
-    names = list(probes)[:2] if session.plan.tp == 2 else list(probes)[2:]
+    names = list(probes)[:3] if session.plan.tp == 2 else list(probes)[3:]
     found = {}
     for name in names:
         probe, owner, attribute, original = probes[name]

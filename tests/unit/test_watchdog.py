@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch.distributed as dist
 
 from megatron_edge.runtime.watchdog import silent, verdict
 
@@ -68,7 +70,7 @@ watchdog.GUARD_GRACE_SECONDS = 0
 watch = watchdog._Watch(dist.HashStore(), 0, 2, float(sys.argv[1]))
 print(watch._guard.pid, flush=True)
 for _ in range(int(sys.argv[2])):
-    watch._beat(0.0, watchdog._main_frames())
+    watch._beat(0.0, watchdog._look())
     time.sleep(0.2)
 watch.close_guard()
 """
@@ -104,3 +106,22 @@ def gone(pid: int) -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_watch_keeps_nothing_alive_that_a_function_has_let_go() -> None:
+    """A frame that is kept keeps activations and logits: memory of one step then lies beside that of the next."""
+    from megatron_edge.runtime import watchdog
+
+    class Activation: ...
+
+    def seen_by_a_beat(store: dist.Store) -> weakref.ref[Activation]:
+        held, before = Activation(), store.get("alive/0")
+        while store.get("alive/0") == before:
+            time.sleep(0.01)
+        return weakref.ref(held)
+
+    store = dist.HashStore()
+    with watchdog.watching(store, 0, 1, timeout_seconds=60):
+        while not store.check(["alive/0"]):
+            time.sleep(0.01)
+        assert [seen_by_a_beat(store)() for _ in range(2)] == [None, None]
