@@ -8,9 +8,7 @@ arithmetic is fp32, on logits as they are: no fp32 copy of them is made. On CUDA
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-log = logging.getLogger("megatron_edge")
+from megatron_edge.model.fused import runs_triton
 
 CHUNK_BYTES = 2**22  # fp32 logits that plain torch works on at once: as much as a core's cache holds
 LOWEST = torch.finfo(torch.float32).min  # a maximum is at least that, so that -inf - maximum is never NaN
@@ -124,9 +122,7 @@ def _passes(logits: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]
 
 @functools.cache
 def _fused(device: torch.device) -> ModuleType | None:
-    """triton_loss, where Triton is installed and the device has bf16 (compute capability 8)."""
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
-        log.warning("cross-entropy in plain torch: its kernels need Triton and compute capability 8.0 or higher")
+    if not runs_triton(device, "cross-entropy"):
         return None
     from megatron_edge.model import triton_loss
 

@@ -134,9 +134,17 @@ def _kernels(x: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _kernels_of(device: torch.device) -> ModuleType | None:
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
-        log.warning("norm, SwiGLU and rope in plain torch: their kernels need Triton and compute capability 8.0")
+    if not runs_triton(device, "norm, SwiGLU and rope"):
         return None
     from megatron_edge.model import triton_layers
 
     return triton_layers
+
+
+def runs_triton(device: torch.device, what: str) -> bool:
+    """Whether the kernels of this project run on a CUDA device: bf16, and clamps that keep NaN. Where not, the log says
+    that `what` is calculated without them."""
+    if find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0):
+        return True
+    log.warning("%s in plain torch: the kernels need Triton and compute capability 8.0 or higher", what)
+    return False

@@ -7,8 +7,6 @@ of every step, so what does not depend on the values is done once.
 from __future__ import annotations
 
 import functools
-import logging
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_edge.artifact import formats
-
-log = logging.getLogger("megatron_edge")
+from megatron_edge.model.fused import runs_triton
 
 
 def fake_quantize(args: dict[str, Any], x: Tensor, amax: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -76,9 +73,7 @@ def fp8_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _fused(device: torch.device) -> ModuleType | None:
-    """triton_kernels, where Triton is installed and the device has clamps that keep NaN (compute capability 8)."""
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
-        log.warning("fake quantisation in plain torch: its kernels need Triton and compute capability 8.0 or higher")
+    if not runs_triton(device, "fake quantisation"):
         return None
     from megatron_edge.quantize import triton_kernels
 
