@@ -220,14 +220,18 @@ def _ways(
 def _race(
     config: RunConfig, session: Session, ways: list[Way], batches: list[Batch], what: tuple[str, str, int]
 ) -> list[Row]:
-    """All ways of one kind of step (format, shape, micro-batches), taking turns; every second round in the opposite
-    order. A step of several micro-batches is as long as several: bench.steps counts micro-batches, at least a step."""
+    """All ways of one kind of step (format, shape, micro-batches), taking turns step by step, every second round in the
+    opposite order. A step of several micro-batches is as long as several: bench.steps counts micro-batches, at least a
+    step."""
     count = max(1, config.bench.steps // what[2])
     seconds: list[list[list[float]]] = [[] for _ in ways]
     for repeat in range(config.bench.repeats):
-        for at in range(len(ways)) if repeat % 2 else reversed(range(len(ways))):
-            mark(f"{what[0]} {what[1]} {ways[at].name}")
-            seconds[at].append(ways[at].steps([batches] * count, session))
+        for timed in seconds:
+            timed.append([])
+        for at in range(count):
+            for index in range(len(ways)) if (repeat + at) % 2 else reversed(range(len(ways))):
+                mark(f"{what[0]} {what[1]} {ways[index].name}")
+                seconds[index][repeat] += ways[index].steps([batches], session)
     bases = {
         way.launched: [statistics.median(part) for part in timed]
         for way, timed in zip(ways, seconds, strict=True)
