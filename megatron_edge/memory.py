@@ -326,7 +326,13 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     mlp = (size * 2 + kept) * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
     # an expert's input and its output before the router's weight
     routed = size * 2 * dims.experts_per_token * dims.hidden_size * layout.etp
-    return norms + mask + (attention + mlp + routed) // layout.tp
+    return norms + mask + _router_bytes(dims, size) // sequence + (attention + mlp + routed) // layout.tp
+
+
+def _router_bytes(dims: ModelDims, size: int) -> int:
+    """Of one token: of each expert whether it is chosen and its probability; of each choice two int64 places, the
+    probability in fp32, and in the activations' dtype."""
+    return dims.num_experts * (1 + size) + dims.experts_per_token * (20 + size)
 
 
 def _keeps_codes(config: RunConfig) -> bool:

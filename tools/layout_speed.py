@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import sys
@@ -35,7 +36,6 @@ EXPERTS: dict[str, Any] = DENSE | {
     "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
     "num_hidden_layers": 8, "intermediate_size": 4096,
 }  # fmt: skip
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 
 
 def main() -> None:
@@ -91,6 +91,7 @@ def measure(chosen: argparse.Namespace, layout: str, store: Any, rank: int) -> d
 
 
 def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, Any]:
+    from megatron_edge.jobs import contenders
     from megatron_edge.memory import training_plan
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.hf_config import checked_config
@@ -138,12 +139,13 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
         seconds.append(time.perf_counter() - began)
     speed = batch * length / statistics.median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    flop_rate = (contenders.chip() or (math.nan,))[0]
     taught = hf_config if chosen.train == "qad" else None
     planned = max(stage.total_bytes for stage in training_plan(config, hf_config, session.plan, taught))
     return {
         "planned": planned / 2**30,
         "speed": speed, "losses": losses, "gib": max(session.gather(peak)) / 2**30,
-        "mfu": speed * flops_per_token(hf_config, length) / (session.plan.world_size * peak_flops(device)),
+        "mfu": speed * contenders.flops_per_token(hf_config, length) / (session.plan.world_size * flop_rate),
     }  # fmt: skip
 
 
@@ -172,24 +174,6 @@ def _random_weights(device: torch.device) -> Any:
         return ((noise - 0.5) * 0.07).float()
 
     return read
-
-
-def flops_per_token(hf_config: dict[str, Any], length: int) -> float:
-    """6 per parameter that multiplies a token, and attention's scores (Chowdhery et al. 2022, appendix B), causal."""
-    from megatron_edge.families import dims_of
-    from megatron_edge.memory import count_parameters
-
-    dims, count = dims_of(hf_config), count_parameters(hf_config)
-    used = count.linears + dims.vocab_size * dims.hidden_size
-    used += count.experts * dims.experts_per_token // max(dims.num_experts, 1)
-    return 6 * used + 6 * dims.num_layers * dims.num_heads * dims.head_dim * length
-
-
-def peak_flops(device: torch.device) -> float:
-    if device.type != "cuda":
-        return float("nan")
-    name = torch.cuda.get_device_name()
-    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), float("nan"))
 
 
 if __name__ == "__main__":

@@ -251,6 +251,7 @@ def flops_per_token(hf_config: dict[str, Any], length: int) -> float:
     """6 per parameter that multiplies a token, and attention's scores (Chowdhery et al. 2022, appendix B), causal."""
     dims, count = dims_of(hf_config), memory.count_parameters(hf_config)
     used = count.linears + dims.vocab_size * dims.hidden_size
+    used += count.experts * dims.experts_per_token // max(dims.num_experts, 1)
     return 6 * used + 6 * dims.num_layers * dims.num_heads * dims.head_dim * length
 
 

@@ -11,12 +11,10 @@ Equal means the same bits, signed zeros and subnormals included; a NaN is equal 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from triton_device import ABSENT, DEVICE, INTERPRETED
 
 from megatron_edge.artifact import formats
 from megatron_edge.quantize import kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-ABSENT = ""
-if not INTERPRETED and not torch.cuda.is_available():
-    ABSENT = "torch.cuda.is_available() is False: these tests compare CUDA kernels"
-elif find_spec("triton") is None:
-    ABSENT = "triton is not installed"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
 
 # (role, format, group size, multiple of the last dim)

@@ -10,12 +10,10 @@ The interpreter (3.6) cuts fp32 to bf16 where hardware rounds to nearest: there,
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
 import eager_layers as eager
+from triton_device import ABSENT, DEVICE, INTERPRETED
 
 from megatron_edge.model import fused
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-ABSENT = ""
-if not INTERPRETED and not torch.cuda.is_available():
-    ABSENT = "torch.cuda.is_available() is False: these tests compare CUDA kernels"
-elif find_spec("triton") is None:
-    ABSENT = "triton is not installed"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
 
 EPS = 1e-6

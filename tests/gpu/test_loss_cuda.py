@@ -11,10 +11,8 @@ of bf16 off, on hardware half a step.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from triton_device import ABSENT, DEVICE, INTERPRETED
 
 from megatron_edge.model import cross_entropy
 from megatron_edge.model.cross_entropy import vocab_parallel_cross_entropy
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-ABSENT = ""
-if not INTERPRETED and not torch.cuda.is_available():
-    ABSENT = "torch.cuda.is_available() is False: these tests compare CUDA kernels"
-elif find_spec("triton") is None:
-    ABSENT = "triton is not installed"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -161,7 +155,7 @@ def test_more_elements_than_32_bits_count() -> None:
     labels = torch.full((rows,), 5, device=DEVICE)
     loss, gradient = ours(logits, labels, torch.ones(rows, device=DEVICE))
     expected, _ = exact(logits[-2:], labels[-2:], torch.ones(2, device=DEVICE))
-    assert torch.allclose(loss[-2:].double(), expected, rtol=0, atol=12 * LIMIT)  # a difference of numbers of 12
+    assert torch.allclose(loss[-2:].double(), expected, rtol=LIMIT, atol=LIMIT)  # a difference of numbers of 12
     assert gradient[-1, 5] < -0.4 and gradient[-2, 5] < -0.99 and (gradient[:, 6] > 0).all()
 
 
