@@ -29,6 +29,7 @@ from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import graph, step
 from megatron_edge.train.data import Batch
+from megatron_edge.train.placement import place
 
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8,
@@ -227,7 +228,7 @@ def _launched_without_waiting(
 ) -> None:
     """Forward and backward where an operation that waits for the device, which a graph cannot hold, is an error: a
     recording that fails would leave torch's allocator between two states."""
-    _, placed = step.place(batches, session)
+    _, placed = place(batches, session)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_edge.model import fused
+from megatron_edge.model import fused, segments
 
 
 class RMSNorm(nn.Module):
@@ -166,12 +166,13 @@ def linear_of_values() -> Callable[..., Tensor]:
 
 
 class PackedAttention(nn.Module):
-    """Core attention on torch's fused kernels: causal, or confined to documents by the mask that the data gives.
+    """Core attention on torch's fused kernels: causal, or confined to documents as the data says.
 
-    `attention_mask` is bool [b, 1, s, t], True where attention is not allowed; None is causal attention over the whole
-    window, which flash attention computes, over grouped keys and values as they are. KV quantizers act on key and value
-    after rotation, as a runtime's cache sees them. Under context parallelism s is this rank's part of the text and t
-    the whole, as the ranks' parts follow each other (train/step.py makes the mask so).
+    `attention_mask` is None for causal attention over the whole window; or int32 [segments + 1], where segments of the
+    windows begin (model/segments.py); or bool [b, 1, s, t], True where attention is not allowed. Flash attention takes
+    the first two, over grouped keys and values as they are. KV quantizers act on key and value after rotation, as a
+    runtime's cache sees them. Under context parallelism s is this rank's part of the text and t the whole, as the
+    ranks' parts follow each other (train/step.py makes the mask so).
     """
 
     def __init__(self, config: Any, *_: Any, **__: Any) -> None:
@@ -184,6 +185,10 @@ class PackedAttention(nn.Module):
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
         if self.gathers:
             key, value = (_gather_parts(x) for x in (key, value))
+        if attention_mask is not None and attention_mask.dim() == 1:
+            if segments.takes(query):
+                return segments.attention(query, key, value, attention_mask, self.scale)
+            attention_mask = segments.mask(attention_mask, query.shape[1], query.shape[0])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         causal, repeats = attention_mask is None, q.shape[1] // k.shape[1]
         grouped = repeats > 1 and causal and _flash_takes_groups(q, k, v)

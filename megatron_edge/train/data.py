@@ -74,6 +74,19 @@ def attention_mask(documents: torch.Tensor) -> torch.Tensor:
     return (other | later).unsqueeze(1)
 
 
+def segment_starts(documents: torch.Tensor, most: int) -> torch.Tensor | None:
+    """documents [b, s] -> int32 [most + 1]: where each segment of the b * s tokens, window after window, begins, then
+    the number of tokens as often as is left. None where there are more than `most` segments, or branches."""
+    flat = documents.flatten()
+    begins = torch.ones_like(flat, dtype=torch.bool)
+    begins[1:] = flat[1:] != flat[:-1]
+    begins[:: documents.shape[1]] = True
+    starts = begins.nonzero()[:, 0].int()
+    if len(starts) > most or bool((flat >= BRANCH).any()):
+        return None
+    return torch.cat((starts, starts.new_full((most + 1 - len(starts),), flat.numel())))
+
+
 def several_documents(documents: torch.Tensor) -> bool:
     """documents [b, s]: whether a window holds more than one segment (padding is a segment); else causality is all that
     attention needs."""

@@ -29,7 +29,8 @@ from megatron_edge.model.build import chunks_of, forward, unwrap
 from megatron_edge.runtime.session import Session, gather_sequence, tensor_group
 from megatron_edge.train import layer_states
 from megatron_edge.train.data import Batch
-from megatron_edge.train.step import DeviceBatch, forward_only
+from megatron_edge.train.placement import DeviceBatch
+from megatron_edge.train.step import forward_only
 
 
 class Target(NamedTuple):

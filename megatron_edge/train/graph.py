@@ -8,6 +8,7 @@ the optimizer stay outside, as they ask the device for numbers. Called by train/
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from megatron_edge.model.build import chunks_of
 from megatron_edge.runtime.session import Session
 from megatron_edge.train.data import Batch
-from megatron_edge.train.step import DeviceBatch, Objective, forward_backward, place
+from megatron_edge.train.placement import Attends, DeviceBatch, place
+from megatron_edge.train.step import Objective, forward_backward
 
 EAGER_STEPS = 2  # libraries and communicators set themselves up at their first use, which must not be recorded
 
@@ -37,27 +39,28 @@ class StepGraph:
     """Takes the place of `step.forward_backward` for steps of one shape. The model's DistributedDataParallel must have
     been made on `stream`: autograd accumulates gradients where the accumulators were made.
 
-    Steps whose windows hold several documents have a graph of their own, with masks; both use the same memory, as do
-    all graphs of one `pool` (None: of its own), of which no two may run at a time."""
+    Each way to attend (step.Attends: windows of several documents have another than those of one) has a graph of its
+    own; they use the same memory, as do all graphs of one `pool` (None: of its own), of which no two may run at a
+    time."""
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any = None) -> None:
         self._stream, self._pool = stream, pool or torch.cuda.graph_pool_handle()
-        self._seen = {True: 0, False: 0}  # by whether they have masks
-        self._recorded: dict[bool, _Recording] = {}
+        self._seen: Counter[Attends] = Counter()
+        self._recorded: dict[Attends, _Recording] = {}
 
     def __call__(
         self, model: nn.ModuleList, batches: list[Batch], session: Session, objective: Objective
     ) -> list[dict[str, Tensor]]:
-        masked, placed = place(batches, session)
-        if self._seen[masked] < EAGER_STEPS:
-            self._seen[masked] += 1
+        way, placed = place(batches, session)
+        if self._seen[way] < EAGER_STEPS:
+            self._seen[way] += 1
             return launched_one_by_one(model, placed, session, objective, self._stream)
-        if masked not in self._recorded:
-            self._recorded[masked] = self._record(model, placed, session, objective)
+        if way not in self._recorded:
+            self._recorded[way] = self._record(model, placed, session, objective)
         else:
-            for kept, new in zip(self._recorded[masked].inputs, placed, strict=True):
+            for kept, new in zip(self._recorded[way].inputs, placed, strict=True):
                 _copy(new, kept)
-        recorded = self._recorded[masked]
+        recorded = self._recorded[way]
         recorded.graph.replay()
         config = chunks_of(model)[0].config
         config.finalize_model_grads_func(list(model), recorded.num_tokens)

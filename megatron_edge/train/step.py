@@ -15,10 +15,10 @@ from megatron_edge.log import track
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize import adapters
 from megatron_edge.quantize.apply import constant_weights, set_weight_cache
-from megatron_edge.runtime.session import Session, context_positions, gather_context
-from megatron_edge.runtime.watchdog import mark
+from megatron_edge.runtime.session import Session, gather_context
 from megatron_edge.train import update
-from megatron_edge.train.data import Batch, attention_mask, several_documents
+from megatron_edge.train.data import Batch
+from megatron_edge.train.placement import DeviceBatch, to_device
 
 
 @dataclass(frozen=True)
@@ -32,55 +32,6 @@ class StepResult:
     tokens: int
     applied: bool
     parts: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class DeviceBatch:
-    """This rank's part of a micro-batch on the device, with its attention mask (bool [b, 1, s, t], True: not allowed;
-    None: causal): s is the part of the text that context parallelism gives to this rank, t all of it. `target` is what
-    an objective compares with, beside the labels."""
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    loss_mask: Tensor
-    attention_mask: Tensor | None
-    target: Any = None
-
-
-def needs_mask(batch: Batch, session: Session) -> bool:
-    """Whether attention within these windows, on this rank's part of them, is more than causal."""
-    return session.plan.cp > 1 or several_documents(batch.documents)
-
-
-def place(batches: Sequence[Batch], session: Session) -> tuple[bool, list[DeviceBatch]]:
-    """A step's micro-batches on the device: all with attention masks, or (False) none, if none of them needs one.
-    Attention with a mask and without are two kernels, which round differently."""
-    masked = any(needs_mask(batch, session) for batch in batches)
-    return masked, [to_device(batch, session, masked) for batch in batches]
-
-
-def to_device(batch: Batch | DeviceBatch, session: Session, masked: bool | None = None) -> DeviceBatch:
-    """`masked`: with an attention mask; None: where it needs one."""
-    if isinstance(batch, DeviceBatch):
-        return batch
-    mark()
-    plan, length, mask = session.plan, batch.tokens.shape[1], None
-    if needs_mask(batch, session) if masked is None else masked:
-        mask = attention_mask(batch.documents.to(session.device))
-    if plan.cp > 1:
-        parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
-        mine = parts[session.cp_rank]
-        assert mask is not None
-        mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
-        batch = Batch(*(part[:, mine] for part in batch))
-    return DeviceBatch(
-        tokens=batch.tokens.to(session.device),
-        labels=batch.labels.to(session.device),
-        positions=batch.positions.to(session.device),
-        loss_mask=batch.loss_mask.to(session.device),
-        attention_mask=mask,
-    )
 
 
 def make_trainable(

@@ -1,4 +1,4 @@
-"""Core attention without a mask on CUDA: a fused kernel over grouped keys as they are, and the masked one's numbers."""
+"""Core attention without a mask on CUDA: fused kernels over grouped keys as they are, and the masked one's numbers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_edge.model import segments
 from megatron_edge.model.layers import PackedAttention
-from megatron_edge.train.data import attention_mask
+from megatron_edge.train.data import attention_mask, segment_starts
 
 TOKENS, WINDOWS, HEADS, KV_HEADS, SIZE = 256, 2, 8, 2, 64
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -43,3 +44,53 @@ def test_flash_attention_over_groups() -> None:
     assert "aten::repeat_interleave" not in names
     for found, old, reference in zip(without, masked, exact, strict=True):
         assert float((found - reference).abs().max()) <= 3 * float((old - reference).abs().max())
+
+
+def packed(most: int) -> tuple[Tensor, Tensor]:
+    """(mask, segments) of windows with 3 and 1 documents."""
+    documents = torch.zeros(WINDOWS, TOKENS, dtype=torch.int32)
+    documents[0, 17:] += 1
+    documents[0, 200:] += 1
+    starts = segment_starts(documents, most)
+    assert starts is not None
+    return attention_mask(documents.to("cuda")), starts.to("cuda")
+
+
+def test_attention_within_segments() -> None:
+    """The limit is 3 times what the masked kernel is away from float64; twice the same bits."""
+    mask, starts = packed(16)
+    exact, _ = attended(torch.float64, mask)
+    (masked, _), (within, names) = attended(torch.bfloat16, mask), attended(torch.bfloat16, starts)
+    assert "aten::_flash_attention_forward" in names and "aten::repeat_interleave" not in names
+    for found, old, reference in zip(within, masked, exact, strict=True):
+        print(f"{float((found - reference).abs().max()):.2e}, masked {float((old - reference).abs().max()):.2e}")
+        assert float((found - reference).abs().max()) <= 3 * float((old - reference).abs().max())
+    for found, again in zip(within, attended(torch.bfloat16, starts)[0], strict=True):
+        assert found.equal(again)
+
+
+def test_a_graph_takes_other_segments() -> None:
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(TOKENS, WINDOWS, n, SIZE).bfloat16().cuda() for n in (HEADS, KV_HEADS, KV_HEADS))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    given = torch.full((17,), TOKENS * WINDOWS, dtype=torch.int32, device="cuda")
+    given[:2] = torch.tensor([0, TOKENS], dtype=torch.int32)
+
+    def once(starts: Tensor) -> list[Tensor]:
+        out = segments.attention(*leaves, starts, 0.125)
+        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        once(given)
+        once(given)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = once(given)
+    _, starts = packed(16)
+    given.copy_(starts)
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, expected in zip(recorded, once(starts), strict=True):
+        assert found.equal(expected)

@@ -42,10 +42,10 @@ def build(llama: Any, session: Any) -> Any:
 
 
 def one_by_one(model: Any, batches: list[Any], session: Any, objective: Any) -> Any:
-    """Masks for all micro-batches where one of them needs one, as the recorded step has them."""
-    from megatron_edge.train import step
+    """Attention goes in all micro-batches as in the recorded step."""
+    from megatron_edge.train import placement, step
 
-    _, placed = step.place(batches, session)
+    _, placed = placement.place(batches, session)
     return step.forward_backward(model, placed, session, objective)
 
 
@@ -70,7 +70,7 @@ def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool
     objective = Distillation(build(llama, session), composed.train, session) if mode == "qad" else step.LABELS
     gradients = StepGraph(stream) if stream is not None else one_by_one
     found = []
-    for at in range(STEPS):  # other samples at each step; every second holds two documents, which need masks
+    for at in range(STEPS):  # other samples at each step; every second holds two documents
         mine = [batch._replace(tokens=batch.tokens.roll(at, 1), labels=batch.labels.roll(at, 1)) for batch in batches]
         if at % 2:
             half = mine[0].tokens.shape[1] // 2

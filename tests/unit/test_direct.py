@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_edge.compose import compose
 from megatron_edge.model.build import chunks_of, forward
 from megatron_edge.quantize import apply, kernels, plain_modelopt, policy
-from megatron_edge.train import step
+from megatron_edge.train import placement, step
 
 RECIPES = {
     "int4": ["quant.weight=int4", "quant.group_size=32"],
@@ -36,7 +36,7 @@ def loss_and_gradients(model: nn.Module, session: Any) -> tuple[Tensor, dict[str
     losses, kinds = [], set()
     with apply.constant_weights(model):
         for batch in random_batches():
-            on_device = step.to_device(batch, session)
+            on_device = placement.to_device(batch, session)
             loss = forward(chunks_of(model)[0], on_device, labels=on_device.labels).sum()
             losses.append(loss.detach())
             kinds |= nodes(loss.grad_fn)

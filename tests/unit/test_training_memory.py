@@ -20,7 +20,7 @@ from megatron_edge.model.hf_config import checked_config
 from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt
 from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train.data import Batch
-from megatron_edge.train.step import to_device
+from megatron_edge.train.placement import to_device
 from tools import layout_speed
 
 TOKENS = 64

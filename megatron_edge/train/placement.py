@@ -1,0 +1,85 @@
+"""A micro-batch on its rank's device: this rank's part of it, and how attention goes within its windows.
+
+Three ways, each a kernel that rounds differently: causally over whole windows, within the segments of windows that hold
+several documents (CUDA), or by a mask. Called by train/step.py and train/graph.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from megatron_edge.runtime.session import Session, context_positions
+from megatron_edge.runtime.watchdog import mark
+from megatron_edge.train.data import Batch, attention_mask, segment_starts, several_documents
+
+Attends = Literal["causally", "within segments", "by mask"]
+TOKENS_OF_A_SEGMENT = 128  # on average at least: where there are more segments than that, a mask says which
+
+
+@dataclass
+class DeviceBatch:
+    """This rank's part of a micro-batch on the device, with its attention mask (model/layers.py: PackedAttention).
+    `target` is what an objective compares with, beside the labels."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    loss_mask: Tensor
+    attention_mask: Tensor | None
+    target: Any = None
+
+
+def attends(batch: Batch, session: Session) -> Attends:
+    """How attention within these windows goes, on this rank's part of them."""
+    if session.plan.cp > 1:
+        return "by mask"
+    if not several_documents(batch.documents):
+        return "causally"
+    on_cuda = session.device.type == "cuda"  # elsewhere torch has no flash attention of segments
+    return "within segments" if on_cuda and _segments(batch) is not None else "by mask"
+
+
+def _segments(batch: Batch) -> Tensor | None:
+    windows, length = batch.documents.shape
+    return segment_starts(batch.documents, windows * max(8, length // TOKENS_OF_A_SEGMENT))
+
+
+def place(batches: Sequence[Batch], session: Session) -> tuple[Attends, list[DeviceBatch]]:
+    """A step's micro-batches on the device, all with the way to attend that each of them can take: the ways are kernels
+    that round differently."""
+    ways = [attends(batch, session) for batch in batches]
+    way = next(way for way in reversed(get_args(Attends)) if way in ways)
+    return way, [to_device(batch, session, way) for batch in batches]
+
+
+def to_device(batch: Batch | DeviceBatch, session: Session, way: Attends | None = None) -> DeviceBatch:
+    """`way`: None: its own."""
+    if isinstance(batch, DeviceBatch):
+        return batch
+    mark()
+    plan, length, mask = session.plan, batch.tokens.shape[1], None
+    way = way or attends(batch, session)
+    if way == "within segments":
+        mask = _segments(batch)
+        assert mask is not None
+        mask = mask.to(session.device)
+    elif way == "by mask":
+        mask = attention_mask(batch.documents.to(session.device))
+    if plan.cp > 1:
+        parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
+        mine = parts[session.cp_rank]
+        assert mask is not None
+        mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
+        batch = Batch(*(part[:, mine] for part in batch))
+    return DeviceBatch(
+        tokens=batch.tokens.to(session.device),
+        labels=batch.labels.to(session.device),
+        positions=batch.positions.to(session.device),
+        loss_mask=batch.loss_mask.to(session.device),
+        attention_mask=mask,
+    )
