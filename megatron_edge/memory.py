@@ -304,8 +304,8 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     """What backward needs of one layer for one token of a rank's part of the text: the tensors that torch's autograd
     keeps of model/layers.py and model/fused.py, one by one. Routed tokens are taken to spread evenly over experts.
 
-    With a mask, as packed documents need: windows of one document keep no mask, and with flash attention no key and
-    value for each head.
+    With a mask, which windows of several documents take on a CPU, and on CUDA where the documents are many and short:
+    others keep no mask, and with flash attention no key and value for each head.
 
     After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, RoPE, grouped queries,
     fused attention, SwiGLU and experts, without dropout.

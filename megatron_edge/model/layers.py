@@ -172,7 +172,7 @@ class PackedAttention(nn.Module):
     windows begin (model/segments.py); or bool [b, 1, s, t], True where attention is not allowed. Flash attention takes
     the first two, over grouped keys and values as they are. KV quantizers act on key and value after rotation, as a
     runtime's cache sees them. Under context parallelism s is this rank's part of the text and t the whole, as the
-    ranks' parts follow each other (train/step.py makes the mask so).
+    ranks' parts follow each other (train/placement.py makes the mask so).
     """
 
     def __init__(self, config: Any, *_: Any, **__: Any) -> None:
