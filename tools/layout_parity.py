@@ -182,6 +182,9 @@ def refuse_impossible(source: Path, formats: list[str], layouts: list[str]) -> N
     from megatron_edge.checks import check_model_dims, layers_per_chunk
     from megatron_edge.model.source import open_source
 
+    unquantised = [name for name in formats if name.partition(":")[0].partition("+")[0] == "none"]
+    if unquantised:
+        raise ValueError(f"--quant {unquantised[0]}: every run compares the model without quantizers; allowed are others")
     hf_config = open_source(source).hf_config
     for layout in layouts:
         plan = layout_plan(layout)
