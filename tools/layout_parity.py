@@ -184,7 +184,7 @@ def refuse_impossible(source: Path, formats: list[str], layouts: list[str]) -> N
 
     unquantised = [name for name in formats if name.partition(":")[0].partition("+")[0] == "none"]
     if unquantised:
-        raise ValueError(f"--quant {unquantised[0]}: every run compares the model without quantizers; allowed are others")
+        raise ValueError(f"--quant {unquantised[0]}: every run compares that anyway; allowed are others")
     hf_config = open_source(source).hf_config
     for layout in layouts:
         plan = layout_plan(layout)
