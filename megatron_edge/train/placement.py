@@ -67,9 +67,9 @@ def to_device(batch: Batch | DeviceBatch, session: Session, way: Attends | None 
     if way == "within segments":
         mask = _segments(batch)
         assert mask is not None
-        mask = mask.to(session.device)
+        mask = _sent(mask, session.device)
     elif way == "by mask":
-        mask = attention_mask(batch.documents.to(session.device))
+        mask = attention_mask(_sent(batch.documents, session.device))
     if plan.cp > 1:
         parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
         mine = parts[session.cp_rank]
@@ -77,9 +77,14 @@ def to_device(batch: Batch | DeviceBatch, session: Session, way: Attends | None 
         mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
         batch = Batch(*(part[:, mine] for part in batch))
     return DeviceBatch(
-        tokens=batch.tokens.to(session.device),
-        labels=batch.labels.to(session.device),
-        positions=batch.positions.to(session.device),
-        loss_mask=batch.loss_mask.to(session.device),
+        tokens=_sent(batch.tokens, session.device),
+        labels=_sent(batch.labels, session.device),
+        positions=_sent(batch.positions, session.device),
+        loss_mask=_sent(batch.loss_mask, session.device),
         attention_mask=mask,
     )
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """Behind what the device has still to do: a copy from memory that is not pinned would wait for that."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
