@@ -146,7 +146,7 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
 def linear_of_values() -> Callable[..., Tensor]:
     """Megatron's linear function (tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication) of
     `x_value` and `weight_value`; their gradients are those of `x` and `weight`, unchanged (straight through, arXiv
-    1308.3432), without a node of their own in the graph. That of a parameter goes where runtime/weight_gradients.py says.
+    1308.3432), without a node of their own in the graph; that of `weight` goes where runtime/weight_gradients.py says.
 
     Returns:
         f(x, weight, x_value, weight_value, *settings), settings as upstream's after the weight.

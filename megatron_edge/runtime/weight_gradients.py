@@ -77,7 +77,7 @@ def add_in_product() -> None:
 
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
-    upstream = layers.LinearWithGradAccumulationAndAsyncCommunication
+    upstream: Any = layers.LinearWithGradAccumulationAndAsyncCommunication
 
     class LinearThatAdds(upstream):
         @staticmethod
