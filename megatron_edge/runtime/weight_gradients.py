@@ -4,6 +4,7 @@ Megatron's hook adds them otherwise, after backward has written them in the weig
 read and written in each micro-batch beside the product's own 2. Here the product reads and writes its 4 bytes of the
 buffer, and what it adds is an fp32 sum that was never rounded to bf16. A weight's own gradient is then None: a hook on
 it is not called. Where a parameter has other uses (a tied table's lookup, adapters), their gradients come as ever.
+With fp32 weights on a CPU one pass and the gradient's memory are saved; bf16 weights there are left to the hook.
 
 A part of compat.py, which installs it. Tests: tests/unit/test_weight_gradients.py, tests/dist/test_fp8_layouts.py,
 tests/gpu/test_weight_gradient_cuda.py.
@@ -21,7 +22,8 @@ from torch import Tensor
 
 log = logging.getLogger("megatron_edge")
 
-ADDED_ON = ("cuda",)  # devices: CPUs have no product of bf16 numbers with an fp32 sum
+# Devices, and the dtypes of weights there: CPUs have no fast product of bf16 numbers with fp32 sums.
+ADDED_ON: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32,)}
 
 
 def buffer_of(weight: Tensor) -> Tensor | None:
@@ -29,7 +31,7 @@ def buffer_of(weight: Tensor) -> Tensor | None:
     keeps for this parameter. None for a tensor that is no parameter of DistributedDataParallel, as quantised values,
     and where there is no such product."""
     buffer = getattr(weight, "main_grad", None)
-    if buffer is None or buffer.device.type not in ADDED_ON or buffer.dtype is not torch.float32:
+    if buffer is None or buffer.dtype is not torch.float32 or weight.dtype not in ADDED_ON.get(buffer.device.type, ()):
         return None
     return buffer if _can_add(buffer.device, weight.dtype) else None
 
@@ -71,12 +73,11 @@ def add_to(ctx: Any, buffer: Tensor | None) -> None:
 
 
 def add_in_product() -> None:
-    """layers.py:569 calls apex's extension, if it is installed and the layer says so, which its constructor refuses
-    without: torch's product stands for it, and each call decides by its weight."""
+    """layers.py:569 calls apex's extension where a layer says so, which its constructor refuses without one. Here torch's
+    product stands for it, which a CPU has too, and each call decides by its weight."""
     from megatron.core.tensor_parallel import layers
 
-    if not layers._grad_accum_fusion_available:
-        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
     upstream: Any = layers.LinearWithGradAccumulationAndAsyncCommunication
 
     class LinearThatAdds(upstream):

@@ -45,24 +45,34 @@ def build(layout: str, hf_config: dict[str, Any], session: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def products_that_add(calls: list[int]) -> Iterator[None]:
-    """Inside, this CPU adds gradients of weights as CUDA does; the number of tokens of each such product."""
+def counted_products(calls: list[int]) -> Iterator[None]:
+    """Inside, the number of tokens of each product that adds the gradient of a weight."""
     from megatron.core.tensor_parallel import layers
 
-    from megatron_edge.runtime import weight_gradients
-
-    devices, place = weight_gradients.ADDED_ON, layers.fused_weight_gradient_mlp_cuda
+    place = layers.fused_weight_gradient_mlp_cuda
     product = place.wgrad_gemm_accum_fp32
 
     def counted(x: Tensor, gradient: Tensor, buffer: Tensor) -> None:
         calls.append(len(x))
         product(x, gradient, buffer)
 
-    weight_gradients.ADDED_ON, place.wgrad_gemm_accum_fp32 = ("cpu",), counted
+    place.wgrad_gemm_accum_fp32 = counted
     try:
         yield
     finally:
-        weight_gradients.ADDED_ON, place.wgrad_gemm_accum_fp32 = devices, product
+        place.wgrad_gemm_accum_fp32 = product
+
+
+@contextlib.contextmanager
+def added_by_the_hook() -> Iterator[None]:
+    """Inside, no product adds the gradient of a weight."""
+    from megatron_edge.runtime import weight_gradients
+
+    devices, weight_gradients.ADDED_ON = weight_gradients.ADDED_ON, {}
+    try:
+        yield
+    finally:
+        weight_gradients.ADDED_ON = devices
 
 
 def compare(layout: str, session: Any) -> dict[str, Any]:
@@ -90,8 +100,9 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
         flat = [param.main_grad.flatten().clone() for param in wrapped.parameters() if param.requires_grad]
         return [float(part["total"]) for part in found], torch.cat(flat)
 
-    losses, expected = gradients()
-    with products_that_add(added_of_values):
+    with added_by_the_hook():
+        losses, expected = gradients()
+    with counted_products(added_of_values):
         of_values = gradients()[1]
     used, kept = fp8_gemm.use(wrapped), 0
 
@@ -100,9 +111,9 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
         kept += x.dtype is torch.float8_e4m3fn
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), added_by_the_hook():
         theirs, ours = gradients()
-    with products_that_add(added_of_codes):
+    with counted_products(added_of_codes):
         of_codes = gradients()[1]
     norm = expected.norm()
     return {

@@ -131,7 +131,7 @@ def test_a_models_buffers(session: Any, recipe: str, tied: bool, monkeypatch: py
     wrapped, _ = step.make_trainable(model, compose(["train.steps=8"]).train, torch.bfloat16)
     ours = filled(wrapped, session)
     assert calls == [64] * 2 * 9, "two micro-batches of four layers in each of two, and the output layer"
-    monkeypatch.setattr(weight_gradients, "ADDED_ON", ())
+    monkeypatch.setattr(weight_gradients, "ADDED_ON", {})
     theirs = filled(wrapped, session)
     assert len(calls) == 2 * 9 and ours.keys() == theirs.keys() and len(ours) > 10
     apart = {name: float((one - theirs[name]).norm() / theirs[name].norm()) for name, one in ours.items()}

@@ -1,6 +1,6 @@
 """Gradients of weights that the product adds to the fp32 buffer, against plain autograd's of the same model.
 
-The product runs on CUDA alone; here a CPU is told to add too, so that who adds what to where is tried on it
+A CPU does so for fp32 weights, and is told to here for bf16 too, so that who adds what to where is tried on it
 (layouts: tests/dist/test_fp8_layouts.py, the CUDA product: tests/gpu/test_weight_gradient_cuda.py).
 """
 
@@ -35,7 +35,7 @@ def installed() -> None:
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A CPU adds too; the number of tokens of each product that did."""
+    """Whatever the dtype; the number of tokens of each product that added."""
     calls: list[int] = []
     product = layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32
 
@@ -44,7 +44,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         product(x, gradient, buffer)
 
     monkeypatch.setattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", spy)
-    monkeypatch.setattr(weight_gradients, "ADDED_ON", ("cpu",))
+    monkeypatch.setattr(weight_gradients, "ADDED_ON", {"cpu": (torch.float32, torch.bfloat16)})
     yield calls
 
 
@@ -115,7 +115,7 @@ def test_nothing_is_rounded_to_bf16(added: list[int]) -> None:
 
 
 def test_upstream_needs_it(added: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without our class the hook adds, as layers do not ask for apex's extension; without our product that is absent."""
+    """Without our class the hook adds: layers do not ask for apex's extension. Without our product that is absent."""
     weight = nn.Parameter(torch.randn(8, 4))
     weight.main_grad = torch.zeros(8, 4)  # type: ignore[attr-defined]
 
@@ -129,10 +129,9 @@ def test_upstream_needs_it(added: list[int], monkeypatch: pytest.MonkeyPatch) ->
         without.setattr(layers, "LinearWithGradAccumulationAndAsyncCommunication", ours.__mro__[1])
         backward(False)
         assert weight.grad is not None and not added
-        if not layers._grad_accum_fusion_available:
-            without.delattr(layers, "fused_weight_gradient_mlp_cuda")
-            with pytest.raises(NameError, match="fused_weight_gradient_mlp_cuda"):
-                backward(True)
+        without.delattr(layers, "fused_weight_gradient_mlp_cuda")
+        with pytest.raises(NameError, match="fused_weight_gradient_mlp_cuda"):
+            backward(True)
     weight.grad = None
     backward(False)
     assert weight.grad is None and added == [6]
@@ -197,7 +196,7 @@ def test_steps_of_experts(session: Any, added: list[int], monkeypatch: Any, dist
     """Each expert's tokens; buffers of a distributed optimizer are padded views."""
     ours = norms(random_experts(session), session, distributed_optimizer=distributed_optimizer)
     assert len(added) == 3 * MICRO_BATCHES * (2 * (2 + 2 * 4) + 1) and len(set(added)) > 2
-    monkeypatch.setattr(weight_gradients, "ADDED_ON", ())
+    monkeypatch.setattr(weight_gradients, "ADDED_ON", {})
     theirs = norms(random_experts(session), session, distributed_optimizer=distributed_optimizer)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -220,7 +219,7 @@ def test_adapters_and_frozen_weights(llama: Any, session: Any, added: list[int],
 
     ours = norms(adapted(), session)
     assert not added and ours[0] > 0
-    monkeypatch.setattr(weight_gradients, "ADDED_ON", ())
+    monkeypatch.setattr(weight_gradients, "ADDED_ON", {})
     assert ours == norms(adapted(), session)
 
 
@@ -229,7 +228,7 @@ def test_a_bf16_models_gradients(llama: Any, session: Any, added: list[int], mon
     wrapped, _ = trainable(quantised(llama, session, RECIPES["int4"], torch.bfloat16), torch.bfloat16)
     ours = buffers(wrapped, session)
     assert added == [64] * MICRO_BATCHES * LINEARS
-    monkeypatch.setattr(weight_gradients, "ADDED_ON", ())
+    monkeypatch.setattr(weight_gradients, "ADDED_ON", {})
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     assert 1e-4 < furthest(ours, buffers(wrapped, session)) < 2.0**-8
