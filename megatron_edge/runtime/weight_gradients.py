@@ -73,8 +73,8 @@ def add_to(ctx: Any, buffer: Tensor | None) -> None:
 
 
 def add_in_product() -> None:
-    """layers.py:569 calls apex's extension where a layer says so, which its constructor refuses without one. Here torch's
-    product stands for it, which a CPU has too, and each call decides by its weight."""
+    """layers.py:569 calls apex's extension where a layer says so, which its constructor refuses without one. Torch's
+    product stands for it here, which a CPU has too, and each call decides by its weight."""
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
