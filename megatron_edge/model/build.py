@@ -73,7 +73,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # each product decides: runtime/weight_gradients.py
         apply_rope_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],

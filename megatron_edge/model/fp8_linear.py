@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_edge.runtime import weight_gradients
+
 # Tensor cores of compute capability 9.0 add up FP8 products in about 14 bits where this is True; False moves the sums
 # to fp32 every 128 products, at some speed. Grouped scales allow nothing else. CPUs ignore it.
 USE_FAST_ACCUM = False
@@ -48,7 +50,8 @@ def linear_of_codes() -> Callable[..., Tensor]:
     Returns:
         f(x, weight, codes, scale, weight_codes, weight_scale, weight_value, values, bias, *settings). `weight_value`
         [out, in] is in the layer's dtype; `values(codes, scale, dtype)` gives the input's; settings are as upstream's
-        after the bias. Gradients are those of x, weight and bias.
+        after the bias. Gradients are those of x, weight and bias; that of the weight goes where
+        runtime/weight_gradients.py says.
     """
     from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
 
@@ -62,9 +65,9 @@ def linear_of_codes() -> Callable[..., Tensor]:
             fused, allreduce_dgrad, sequence_parallel, grad_output_buffer, wgrad_deferral_limit, tp_group = settings
             assert not fused and grad_output_buffer is None, "model/build.py has gradients of weights made at once"
             ctx.save_for_backward(codes, scale, weight_value)
-            ctx.values = values
+            ctx.values, buffer = values, weight_gradients.buffer_of(weight)
             ctx.of_upstream = {
-                "main_grad": None, "use_bias": bias is not None, "gradient_accumulation_fusion": False,
+                "main_grad": buffer, "use_bias": bias is not None, "gradient_accumulation_fusion": buffer is not None,
                 "allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel, "grad_output_buffer": None,
                 "wgrad_deferral_limit": wgrad_deferral_limit, "tp_group": tp_group,
                 "_fwd_used_autocast": False, "_dtype": weight_value.dtype,  # torch.amp.custom_bwd

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_edge.model import fused, segments
+from megatron_edge.runtime import weight_gradients
 
 
 class RMSNorm(nn.Module):
@@ -145,7 +146,7 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
 def linear_of_values() -> Callable[..., Tensor]:
     """Megatron's linear function (tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication) of
     `x_value` and `weight_value`; their gradients are those of `x` and `weight`, unchanged (straight through, arXiv
-    1308.3432), without a node of their own in the graph.
+    1308.3432), without a node of their own in the graph; that of `weight` goes where runtime/weight_gradients.py says.
 
     Returns:
         f(x, weight, x_value, weight_value, *settings), settings as upstream's after the weight.
@@ -155,7 +156,9 @@ def linear_of_values() -> Callable[..., Tensor]:
     class LinearOfValues(Linear):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, x_value: Tensor, weight_value: Tensor, *settings: Any) -> Any:
-            return Linear.forward(ctx, x_value, weight_value, *settings)
+            out = Linear.forward(ctx, x_value, weight_value.detach(), *settings)
+            weight_gradients.add_to(ctx, weight_gradients.buffer_of(weight))
+            return out
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:

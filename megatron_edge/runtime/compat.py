@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_edge.contracts import disk_error
-from megatron_edge.runtime import main_weights
+from megatron_edge.runtime import main_weights, weight_gradients
 
 MEGATRON_VERSIONS = ("0.16.1",)
 MODELOPT_VERSIONS = ("0.47.0",)
@@ -191,6 +191,7 @@ def install() -> None:
     _write_checkpoints_in_process()
     _full_disks_are_told_to_all_ranks()
     main_weights.copy_in_one_launch()
+    weight_gradients.add_in_product()
     _experts_without_transformer_engine()
     _modelopt_exception_safe()
     _modelopt_leaves_experts_alone()

@@ -1,14 +1,17 @@
 """What a rank does for test_fp8_layouts.py, which starts it under torchrun: the gradients of a step with FP8 products
-and with fake-quantised ones, on one layout after the other.
+and with fake-quantised ones, those of weights added by the product and by Megatron's hook, on one layout after the
+other.
 
 In: the JSON file to write, and the names of layouts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,46 @@ def build(layout: str, hf_config: dict[str, Any], session: Any) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def counted_products(calls: list[int]) -> Iterator[None]:
+    """Inside, the number of tokens of each product that adds the gradient of a weight."""
+    from megatron.core.tensor_parallel import layers
+
+    place = layers.fused_weight_gradient_mlp_cuda
+    product = place.wgrad_gemm_accum_fp32
+
+    def counted(x: Tensor, gradient: Tensor, buffer: Tensor) -> None:
+        calls.append(len(x))
+        product(x, gradient, buffer)
+
+    place.wgrad_gemm_accum_fp32 = counted
+    try:
+        yield
+    finally:
+        place.wgrad_gemm_accum_fp32 = product
+
+
+@contextlib.contextmanager
+def added_by_the_hook() -> Iterator[None]:
+    """Inside, no product adds the gradient of a weight."""
+    from megatron_edge.runtime import weight_gradients
+
+    devices, weight_gradients.ADDED_ON = weight_gradients.ADDED_ON, {}
+    try:
+        yield
+    finally:
+        weight_gradients.ADDED_ON = devices
+
+
 def compare(layout: str, session: Any) -> dict[str, Any]:
-    """Relative differences of the loss and of all gradients, how many layers have FP8 products and how many inputs were
-    kept as codes."""
+    """Relative differences of the loss and of all gradients, how many layers have FP8 products, how many inputs were
+    kept as codes, and how many products added their gradient."""
     from megatron_edge.compose import compose
     from megatron_edge.model.hf_config import checked_config
     from megatron_edge.quantize import apply, fp8_gemm, policy
     from megatron_edge.train import step
 
+    added_of_values, added_of_codes = [], []
     hf_config = checked_config(EXPERTS if "E" in layout else DENSE, layout)
     model = build(layout, hf_config, session)
     config = compose([*RECIPE])
@@ -65,7 +100,10 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
         flat = [param.main_grad.flatten().clone() for param in wrapped.parameters() if param.requires_grad]
         return [float(part["total"]) for part in found], torch.cat(flat)
 
-    losses, expected = gradients()
+    with added_by_the_hook():
+        losses, expected = gradients()
+    with counted_products(added_of_values):
+        of_values = gradients()[1]
     used, kept = fp8_gemm.use(wrapped), 0
 
     def count(x: Tensor) -> Tensor:
@@ -73,14 +111,19 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
         kept += x.dtype is torch.float8_e4m3fn
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), added_by_the_hook():
         theirs, ours = gradients()
+    with counted_products(added_of_codes):
+        of_codes = gradients()[1]
+    norm = expected.norm()
     return {
         "used": used,
         "kept": kept,
         "losses": max((abs(a - b) / abs(b) for a, b in zip(theirs, losses, strict=True)), default=0.0),
-        "gradients": float((ours - expected).norm() / expected.norm()),
-        "norm": float(expected.norm()),
+        "gradients": float((ours - expected).norm() / norm),
+        "norm": float(norm),
+        "added": [len(added_of_values), len(added_of_codes)],
+        "gradients_added": max(float((one - expected).norm() / norm) for one in (of_values, of_codes)),
     }
 
 

@@ -1,5 +1,5 @@
-"""FP8 products where layouts cut or exchange what a linear layer multiplies, two processes with gloo: the gradients of
-fake-quantised ones, in fp32."""
+"""FP8 products, and products that add gradients of weights, where layouts cut or exchange what a linear layer multiplies,
+two processes with gloo: the gradients of fake-quantised ones that Megatron's hook adds, in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 WORKER = Path(__file__).with_name("fp8_ranks.py")
 # Layout -> layers of a rank with FP8 products (two layers of four; of a MoE's, two and those of its experts).
-LAYOUTS = {"TP2": 8, "TP2SPRC": 8, "EP2": 12, "TP2ETP2SP": 20}
+LAYOUTS = {"TP2": 8, "TP2SPRC": 8, "EP2": 12, "TP2ETP2SP": 20, "PP2": 4, "CP2": 8, "DP2": 8}
 MICRO_BATCHES = 4
 LIMIT = 1e-5  # of fp32 sums in another order
 
@@ -42,3 +42,13 @@ def test_gradients_of_every_layout(found: dict[str, list[dict[str, Any]]], layou
             "each product's input is kept as codes, recomputed or not"
         )
         assert rank["losses"] < LIMIT and rank["gradients"] < LIMIT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_gradients_that_products_add(found: dict[str, list[dict[str, Any]]], layout: str) -> None:
+    """Of every linear layer, the output layer's too, that of a tied table or its copy on the last stage."""
+    for index, rank in enumerate(found[layout]):
+        print(f"{layout}: gradients {rank['gradients_added']:.1e}")
+        has_output = layout != "PP2" or index == 1
+        assert rank["added"] == [MICRO_BATCHES * (LAYOUTS[layout] + has_output)] * 2
+        assert rank["gradients_added"] < LIMIT
