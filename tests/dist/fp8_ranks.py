@@ -43,9 +43,11 @@ def build(layout: str, hf_config: dict[str, Any], session: Any) -> nn.Module:
 
 def compare(layout: str, session: Any) -> dict[str, Any]:
     """Relative differences of the loss and of all gradients, how many layers have FP8 products and how many inputs were
-    kept as codes."""
+    kept as codes; whether all is the same where no norm or SwiGLU writes an input's codes."""
     from megatron_edge.compose import compose
+    from megatron_edge.model import fused
     from megatron_edge.model.hf_config import checked_config
+    from megatron_edge.model.layers import RMSNorm, read_by_one
     from megatron_edge.quantize import apply, fp8_gemm, policy
     from megatron_edge.train import step
 
@@ -75,8 +77,12 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         theirs, ours = gradients()
+    for owner, name, _ in (found for module in wrapped.modules() for found in read_by_one(module)):
+        setattr(owner, name, fused.rms_norm if isinstance(owner, RMSNorm) else fused.swiglu)
+    unwritten, alone = gradients()
     return {
         "used": used,
+        "same": theirs == unwritten and ours.equal(alone),
         "kept": kept,
         "losses": max((abs(a - b) / abs(b) for a, b in zip(theirs, losses, strict=True)), default=0.0),
         "gradients": float((ours - expected).norm() / expected.norm()),

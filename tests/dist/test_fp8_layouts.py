@@ -16,8 +16,9 @@ pytestmark = pytest.mark.timeout(300)
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 WORKER = Path(__file__).with_name("fp8_ranks.py")
-# Layout -> layers of a rank with FP8 products (two layers of four; of a MoE's, two and those of its experts).
-LAYOUTS = {"TP2": 8, "TP2SPRC": 8, "EP2": 12, "TP2ETP2SP": 20}
+# Layout -> linear layers of a rank with FP8 products (two layers of four; of a MoE's, two and those of its experts), and
+# those among them that round their input themselves: after attention, and of an expert the first.
+LAYOUTS = {"TP2": (8, 2), "TP2SPRC": (8, 2), "EP2": (12, 6), "TP2ETP2SP": (20, 10)}
 MICRO_BATCHES = 4
 LIMIT = 1e-5  # of fp32 sums in another order
 
@@ -37,8 +38,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 def test_gradients_of_every_layout(found: dict[str, list[dict[str, Any]]], layout: str) -> None:
     for rank in found[layout]:
         print(f"{layout}: losses {rank['losses']:.1e}, gradients {rank['gradients']:.1e}")
-        assert rank["used"] == {"used": LAYOUTS[layout]} and rank["norm"] > 0
-        assert rank["kept"] == MICRO_BATCHES * LAYOUTS[layout], (
-            "each product's input is kept as codes, recomputed or not"
-        )
+        used, kept = LAYOUTS[layout]
+        assert rank["used"] == {"used": used} and rank["norm"] > 0
+        assert rank["kept"] == MICRO_BATCHES * kept, "inputs are kept as codes, recomputed or not"
+        assert rank["same"], "written by a norm or SwiGLU or by the layer itself"
         assert rank["losses"] < LIMIT and rank["gradients"] < LIMIT
