@@ -318,12 +318,13 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     else:  # query and result; key and value (of all context ranks) for each head; log of the sums
         attention = size * heads * (2 + 2 * layout.cp) + 4 * dims.num_heads
         mask = size * config.train.seq_length_tokens  # in the activations' dtype
-    kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of a linear layer's input
-    norms -= 2 * (size - kept) * dims.hidden_size // sequence
+    kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of an input that a linear layer rounds
+    if config.model.backend == "apex":  # whose norms write no rounded value (quantize/fp8_inputs.py)
+        norms -= 2 * (size - kept) * dims.hidden_size // sequence
     if any(part.activation != "none" for _, part in parts_of(config.quant)):
         attention += kept * heads  # the projection keeps its rounded input beside the result
     # gate and up, and what SwiGLU makes of them
-    mlp = (size * 2 + kept) * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
+    mlp = size * 3 * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
     # an expert's input and its output before the router's weight
     routed = size * 2 * dims.experts_per_token * dims.hidden_size * layout.etp
     return norms + mask + _router_bytes(dims, size) // sequence + (attention + mlp + routed) // layout.tp
@@ -336,7 +337,8 @@ def _router_bytes(dims: ModelDims, size: int) -> int:
 
 
 def _keeps_codes(config: RunConfig) -> bool:
-    """Whether all linear layers multiply FP8 numbers in training (quantize/fp8_gemm.py): their inputs are kept so."""
+    """Whether all linear layers multiply FP8 numbers in training (quantize/fp8_gemm.py): inputs that they round
+    themselves are kept so."""
     if not config.train.fp8_gemm or config.train.lora_rank is not None or config.model.backend == "te":
         return False
     return all(

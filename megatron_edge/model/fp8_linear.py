@@ -44,14 +44,14 @@ def _gathered(codes: Tensor, group: Any) -> Tensor:
 
 @functools.cache
 def linear_of_codes() -> Callable[..., Tensor]:
-    """What model/layers.py's linear_of_values gives, but that its forward product is `product`, and that the input is
-    kept for backward as codes, one byte for each value.
+    """What model/layers.py's linear_of_values gives, but that its forward product is `product`. For backward it keeps
+    x, where that is what the codes stand for, and the codes elsewhere, one byte for each value.
 
     Returns:
         f(x, weight, codes, scale, weight_codes, weight_scale, weight_value, values, bias, *settings). `weight_value`
-        [out, in] is in the layer's dtype; `values(codes, scale, dtype)` gives the input's; settings are as upstream's
-        after the bias. Gradients are those of x, weight and bias; that of the weight goes where
-        runtime/weight_gradients.py says.
+        [out, in] is in the layer's dtype; `values(codes, scale, dtype)` gives the input's, and is None where that is x;
+        settings are as upstream's after the bias. Gradients are those of x, weight and bias; that of the weight goes
+        where runtime/weight_gradients.py says.
     """
     from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
 
@@ -59,12 +59,12 @@ def linear_of_codes() -> Callable[..., Tensor]:
         @staticmethod
         def forward(
             ctx: Any, x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor, weight_codes: Tensor,
-            weight_scale: Tensor, weight_value: Tensor, values: Callable[..., Tensor], bias: Tensor | None,
-            *settings: Any,
+            weight_scale: Tensor, weight_value: Tensor, values: Callable[..., Tensor] | None,
+            bias: Tensor | None, *settings: Any,
         ) -> Tensor:  # fmt: skip
             fused, allreduce_dgrad, sequence_parallel, grad_output_buffer, wgrad_deferral_limit, tp_group = settings
             assert not fused and grad_output_buffer is None, "model/build.py has gradients of weights made at once"
-            ctx.save_for_backward(codes, scale, weight_value)
+            ctx.save_for_backward(x if values is None else codes, scale, weight_value)
             ctx.values, buffer = values, weight_gradients.buffer_of(weight)
             ctx.of_upstream = {
                 "main_grad": buffer, "use_bias": bias is not None, "gradient_accumulation_fusion": buffer is not None,
@@ -78,8 +78,8 @@ def linear_of_codes() -> Callable[..., Tensor]:
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            codes, scale, weight_value = ctx.saved_tensors
-            x_value = ctx.values(codes, scale, weight_value.dtype)
+            kept, scale, weight_value = ctx.saved_tensors
+            x_value = kept if ctx.values is None else ctx.values(kept, scale, weight_value.dtype)
             upstream = SimpleNamespace(saved_tensors=(x_value, weight_value), **ctx.of_upstream)
             of_x, of_weight, of_bias, *others = Linear.backward(upstream, *gradients)
             return of_x, of_weight, *[None] * 6, of_bias, *others

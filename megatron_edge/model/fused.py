@@ -22,12 +22,31 @@ log = logging.getLogger("megatron_edge")
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / rms(x) over the last dim, the statistic in fp32; x / rms(x) is rounded to x's dtype first."""
-    return _RMSNorm.apply(x, weight, eps)
+    return RMSNormFunction.apply(x, weight, eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x [..., 2 f], gate first -> [..., f]."""
-    return _SwiGLU.apply(x)
+    return SwiGLUFunction.apply(x)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`rms_norm`, 1 / rms of each row in fp32), for a function's forward: without gradient."""
+    triton = _kernels(x)
+    if triton is not None:
+        return triton.rms_norm(x, weight, eps)
+    wide = _wide(x)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype), inverse
+
+
+def gated(x: Tensor) -> Tensor:
+    """`swiglu`, for a function's forward: without gradient."""
+    triton = _kernels(x)
+    if triton is not None:
+        return triton.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -39,18 +58,12 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return _Rotation.apply(x, rotation)
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """Keeps x and 1 / rms(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        triton = _kernels(x)
-        if triton is not None:
-            out, inverse = triton.rms_norm(x, weight, eps)
-        else:
-            wide = _wide(x)
-            inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            out = weight * (wide * inverse).to(x.dtype)
+        out, inverse = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -70,17 +83,13 @@ class _RMSNorm(torch.autograd.Function):
         return of_x.to(x.dtype), of_weight, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     """Keeps x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        triton = _kernels(x)
-        if triton is not None:
-            return triton.swiglu(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return gated(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

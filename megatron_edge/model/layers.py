@@ -21,17 +21,20 @@ from megatron_edge.runtime import weight_gradients
 
 class RMSNorm(nn.Module):
     """y = weight * x / rms(x), the statistic in fp32. Usable with sequence parallelism, which upstream's
-    torch norm refuses (torch_norm.py:33): the weight is tagged so that its gradient is summed over TP ranks."""
+    torch norm refuses (torch_norm.py:33): the weight is tagged so that its gradient is summed over TP ranks.
+
+    `function(x, weight, eps)` calculates it; quantize/fp8_gemm.py may put another in its place."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.eps = eps
+        self.function: Callable[[Tensor, Tensor, float], Tensor] = fused.rms_norm
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.rms_norm(x, self.weight, self.eps)
+        return self.function(x, self.weight, self.eps)
 
 
 class FusedRMSNorm(RMSNorm):
@@ -140,6 +143,27 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     return ColumnParallelLinear, RowParallelLinear
+
+
+def read_by_one(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """What of one of Megatron's modules is read by one linear layer, and by nothing else: the norms of a layer, but for
+    one before experts, which their router reads too, and a MLP's activation.
+
+    Returns:
+        (module, the name of its attribute that is the function, the linear layer) of each.
+    """
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    found: list[tuple[nn.Module, str, nn.Module]] = []
+    if isinstance(module, TransformerLayer):
+        pairs = [(module.input_layernorm, module.self_attention.linear_qkv)]
+        if isinstance(module.mlp, MLP):
+            pairs.append((module.pre_mlp_layernorm, module.mlp.linear_fc1))
+        found += [(norm, "function", linear) for norm, linear in pairs if type(norm) is RMSNorm]
+    if isinstance(module, MLP):
+        found.append((module, "activation_func", module.linear_fc2))
+    return found
 
 
 @functools.cache

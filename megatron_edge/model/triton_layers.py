@@ -3,11 +3,13 @@
 The arithmetic is fused.py's: fp32, rounded to the tensor's dtype where forward's plain operations round, no fused
 multiply-adds. Nothing is added up in an order that may change: a norm's weight gradient is summed by a fixed number of
 programs, then over them. Block sizes follow from shapes alone, so that a CUDA graph can be captured at first use of a
-shape. Only fused.py imports this: it needs Triton. tests/gpu/test_layers_cuda.py compares.
+shape. It needs Triton, so that fused.py alone imports it, and quantize/triton_inputs.py, whose kernels go on with what
+a norm or SwiGLU gives. tests/gpu/test_layers_cuda.py compares.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +31,10 @@ def _power_of_two(size: int) -> int:
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x, weight, out, inverse, rows, heads, size, stride_token, stride_head, eps,
-    ROWS: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Rows are (token, head) of x [tokens, heads, size]; `inverse` is 1 / rms, fp32 [rows]."""
+def rms_norm_rows(
+    x, weight, inverse, rows, heads, size, stride_token, stride_head, eps, ROWS: tl.constexpr, SIZE: tl.constexpr
+):
+    """This program's (results in fp32, their places in a contiguous tensor, which of them there are)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, SIZE)[None, :]
     inside = (row < rows) & (column < size)
@@ -43,7 +44,19 @@ def _rms_norm_kernel(
     tl.store(inverse + row, scale, mask=row < rows)
     normed = (value * scale).to(x.dtype.element_ty).to(tl.float32)
     product = normed * tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * size + column, product.to(out.dtype.element_ty), mask=inside)
+    return product, row.to(tl.int64) * size + column, inside
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, weight, out, inverse, rows, heads, size, stride_token, stride_head, eps,
+    ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Rows are (token, head) of x [tokens, heads, size]; `inverse` is 1 / rms, fp32 [rows]."""
+    result, place, inside = rms_norm_rows(
+        x, weight, inverse, rows, heads, size, stride_token, stride_head, eps, ROWS, SIZE
+    )
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,8 +92,8 @@ def _rms_norm_backward_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(x, out, size, column_tiles, stride, TILE: tl.constexpr):
-    """x [rows, 2 size] with rows `stride` apart -> out [rows, size]."""
+def swiglu_tile(x, size, column_tiles, stride, TILE: tl.constexpr):
+    """This program's (results in fp32, their places in a contiguous tensor, which of them there are)."""
     program = tl.program_id(0)
     row = (program // column_tiles).to(tl.int64)
     column = (program % column_tiles) * TILE + tl.arange(0, TILE)
@@ -88,7 +101,14 @@ def _swiglu_kernel(x, out, size, column_tiles, stride, TILE: tl.constexpr):
     gate = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * stride + size + column, mask=inside, other=0.0).to(tl.float32)
     opened = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * size + column, (opened * up).to(out.dtype.element_ty), mask=inside)
+    return opened * up, row * size + column, inside
+
+
+@triton.jit
+def _swiglu_kernel(x, out, size, column_tiles, stride, TILE: tl.constexpr):
+    """x [rows, 2 size] with rows `stride` apart -> out [rows, size]."""
+    result, place, inside = swiglu_tile(x, size, column_tiles, stride, TILE)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,15 +156,18 @@ def _rotate_kernel(
     tl.store(result + half, other.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(result, 1 / rms of each row, fp32 [..., 1]). x is not empty; the current device is x's."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, kernel: Any = _rms_norm_kernel, more: Sequence[Any] = ()
+) -> tuple[Tensor, Tensor]:
+    """(result, 1 / rms of each row, fp32 [..., 1]). x is not empty; the current device is x's. Another `kernel` takes
+    `more` after what this one takes."""
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     flat = _by_head(x)
     tile, together = _tile_of_rows(x.shape[-1])
-    _rms_norm_kernel[(-(-inverse.numel() // together),)](
+    kernel[(-(-inverse.numel() // together),)](
         flat, weight, out, inverse, inverse.numel(), flat.shape[1], flat.shape[2], flat.stride(0), flat.stride(1), eps,
-        ROWS=together, SIZE=tile, **_settings(together * tile),
+        *more, ROWS=together, SIZE=tile, **_settings(together * tile),
     )  # fmt: skip
     return out, inverse
 
@@ -167,12 +190,13 @@ def rms_norm_backward(
     return of_x, sums.sum(0).to(weight.dtype) if trained else None
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, kernel: Any = _swiglu_kernel, more: Sequence[Any] = ()) -> Tensor:
+    """Another `kernel` takes `more` after what this one takes."""
     rows, size = _rows(x), x.shape[-1] // 2
     out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
     tile = min(_power_of_two(size), _TILE)
     tiles = -(-size // tile)
-    _swiglu_kernel[(rows.shape[0] * tiles,)](rows, out, size, tiles, rows.stride(0), TILE=tile, **_settings(tile))
+    kernel[(rows.shape[0] * tiles,)](rows, out, size, tiles, rows.stride(0), *more, TILE=tile, **_settings(tile))
     return out
 
 

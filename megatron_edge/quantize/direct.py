@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_edge.model.fp8_linear import linear_of_codes
 from megatron_edge.model.layers import linear_classes, linear_of_values
-from megatron_edge.quantize import fp8_gemm, kernels
+from megatron_edge.quantize import fp8_gemm, fp8_inputs, kernels
 
 # As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
 _SETTINGS = (
@@ -70,18 +70,24 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
 
             def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
                 given = () if weight is None else (weight,)
+                # Here, as Megatron may hand on a view. Where they are not taken x is its own fake-quantised value, and
+                # quantising it again changes nothing.
+                self.__dict__["_written"] = fp8_inputs.taken(input_, self._modules["input_quantizer"])
                 if not self._is_direct(weight):
                     return super().forward(input_, *given, *args, **kwargs)
                 return super(_QuantFunctionalMixin, self).forward(input_, *given, *args, **kwargs)
 
             def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+                written = self.__dict__.pop("_written", None)
                 if not self._is_direct(weight):
                     return super()._forward_impl(input, weight, **settings)
                 of_input, of_weight = self._modules["input_quantizer"], self._modules["weight_quantizer"]
                 given = [settings.get(name) for name in _SETTINGS]
                 if fp8_gemm.takes(self, input):
-                    operands = *fp8_gemm.input_operand(input, of_input), *fp8_gemm.weight_operand(weight, of_weight)
-                    return linear_of_codes()(input, weight, *operands, kernels.fp8_values, *given)
+                    of_x = fp8_gemm.input_operand(input, of_input) if written is None else written
+                    operands = *of_x, *fp8_gemm.weight_operand(weight, of_weight)
+                    values_of = kernels.fp8_values if written is None else None
+                    return linear_of_codes()(input, weight, *operands, values_of, *given)
                 values = value(input, of_input), value(weight, of_weight)
                 return linear_of_values()(input, weight, *values, *given)
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_edge.artifact import formats
+from megatron_edge.model import fused as layers
 from megatron_edge.model.fused import runs_triton
+
+_FP8_INPUT: dict[str, Any] = {"role": "input", "format": "fp8", "group_size": 0}
 
 
 def fake_quantize(args: dict[str, Any], x: Tensor, amax: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -62,6 +65,29 @@ def fp8_operand(
     return codes, scale, plain(args, x, amax, x.dtype) if with_values else None
 
 
+def rms_norm_operand(amax: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale, values, 1 / rms of each row in fp32): `fp8_operand`, as an input, of what fused.rms_norm gives."""
+    triton = _fused_inputs(x)
+    if triton is not None:
+        return triton.rms_norm_operand(amax, x, weight, eps)
+    out, inverse = layers.normed(x, weight, eps)
+    return *_operand_and_values(out, amax), inverse
+
+
+def swiglu_operand(amax: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, values): `fp8_operand`, as an input, of what fused.swiglu gives."""
+    triton = _fused_inputs(x)
+    if triton is not None:
+        return triton.swiglu_operand(amax, x)
+    return _operand_and_values(layers.gated(x), amax)
+
+
+def _operand_and_values(x: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, values = fp8_operand(_FP8_INPUT, x, amax, with_values=True)
+    assert values is not None
+    return codes, scale, values
+
+
 def fp8_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes with one scale stand for: the bits of `fake_quantize`."""
     if codes.is_cuda and codes.numel():
@@ -78,3 +104,12 @@ def _fused(device: torch.device) -> ModuleType | None:
     from megatron_edge.quantize import triton_kernels
 
     return triton_kernels
+
+
+def _fused_inputs(x: Tensor) -> ModuleType | None:
+    """triton_inputs, where it can take x."""
+    if not x.is_cuda or not x.numel() or x.dtype is torch.float64 or _fused(x.device) is None:
+        return None
+    from megatron_edge.quantize import triton_inputs
+
+    return triton_inputs

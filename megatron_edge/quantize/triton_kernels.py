@@ -3,7 +3,8 @@
 The arithmetic is artifact/formats.py's, operation for operation, so that results are the same bits: fp32 throughout and
 one cast at the end, IEEE divisions (`/` is approximate in Triton), no fused multiply-adds (each launch turns them off),
 NaN kept by every clamp. Roundings add and subtract a multiple of the grid, as artifact/rounding.py does. Scales come
-from the amax on the device, which is never waited for. Only kernels.py imports this: it needs Triton.
+from the amax on the device, which is never waited for. It needs Triton, so that kernels.py alone imports it, and
+triton_inputs.py, whose kernels go on with two of its functions.
 tests/gpu/test_kernels_cuda.py compares the bits.
 """
 
@@ -54,6 +55,20 @@ def _largest_magnitude(x):
 
 
 @triton.jit
+def static_scale(amax, divisor: tl.constexpr, zero: tl.constexpr, zero_scale: tl.constexpr):
+    """(1 / scale, scale) of a tensor that has one."""
+    maximum = tl.load(amax)
+    multiplier = tl.where(maximum > zero, tl.div_rn(divisor, maximum), 0.0)
+    return multiplier, tl.where(maximum > zero, tl.div_rn(maximum, divisor), zero_scale)
+
+
+@triton.jit
+def fp8_level(x, multiplier):
+    """E4M3 codes as fp32: rounded before the conversion, which on some chips rounds twice."""
+    return _round_to_float(x.to(tl.float32) * multiplier, 448.0, 0.015625, 1572864.0)
+
+
+@triton.jit
 def _static_kernel(
     x, amax, out, size, divisor: tl.constexpr, zero: tl.constexpr, zero_scale: tl.constexpr,
     IS_FP8: tl.constexpr, TILE: tl.constexpr,
@@ -61,14 +76,12 @@ def _static_kernel(
     """One scale for the tensor: fp8, and int8 inputs. `divisor` is 448 or 127."""
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = offsets < size
-    maximum = tl.load(amax)
-    multiplier = tl.where(maximum > zero, tl.div_rn(divisor, maximum), 0.0)
-    scale = tl.where(maximum > zero, tl.div_rn(maximum, divisor), zero_scale)
-    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * multiplier
+    multiplier, scale = static_scale(amax, divisor, zero, zero_scale)
+    value = tl.load(x + offsets, mask=inside, other=0.0)
     if IS_FP8:
-        value = _round_to_float(value, 448.0, 0.015625, 1572864.0)
+        value = fp8_level(value, multiplier)
     else:
-        value = _round(_clamp(value, -divisor - 1.0, divisor))
+        value = _round(_clamp(value.to(tl.float32) * multiplier, -divisor - 1.0, divisor))
     value = value * scale
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
@@ -131,17 +144,14 @@ def _fp8_operand_kernel(
     x, amax, codes, scale, values, size, divisor: tl.constexpr, zero: tl.constexpr, zero_scale: tl.constexpr,
     WITH_VALUES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """E4M3 codes, rounded before the conversion, which on some chips rounds twice; values as _static_kernel's."""
+    """E4M3 codes; values as _static_kernel's."""
     program = tl.program_id(0).to(tl.int64)
     offsets = program * TILE + tl.arange(0, TILE)
     inside = offsets < size
-    maximum = tl.load(amax)
-    multiplier = tl.where(maximum > zero, tl.div_rn(divisor, maximum), 0.0)
-    step = tl.where(maximum > zero, tl.div_rn(maximum, divisor), zero_scale)
+    multiplier, step = static_scale(amax, divisor, zero, zero_scale)
     if program == 0:
         tl.store(scale, step)
-    level = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * multiplier
-    level = _round_to_float(level, 448.0, 0.015625, 1572864.0)
+    level = fp8_level(tl.load(x + offsets, mask=inside, other=0.0), multiplier)
     tl.store(codes + offsets, level.to(tl.float8e4nv), mask=inside)
     if WITH_VALUES:
         tl.store(values + offsets, (level * step).to(values.dtype.element_ty), mask=inside)

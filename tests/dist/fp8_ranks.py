@@ -77,9 +77,12 @@ def added_by_the_hook() -> Iterator[None]:
 
 def compare(layout: str, session: Any) -> dict[str, Any]:
     """Relative differences of the loss and of all gradients, how many layers have FP8 products, how many inputs were
-    kept as codes, and how many products added their gradient."""
+    kept as codes, and how many products added their gradient; whether all is the same where no norm or SwiGLU writes an
+    input's codes."""
     from megatron_edge.compose import compose
+    from megatron_edge.model import fused
     from megatron_edge.model.hf_config import checked_config
+    from megatron_edge.model.layers import RMSNorm, read_by_one
     from megatron_edge.quantize import apply, fp8_gemm, policy
     from megatron_edge.train import step
 
@@ -116,8 +119,13 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
     with counted_products(added_of_codes):
         of_codes = gradients()[1]
     norm = expected.norm()
+    for owner, name, _ in (found for module in wrapped.modules() for found in read_by_one(module)):
+        setattr(owner, name, fused.rms_norm if isinstance(owner, RMSNorm) else fused.swiglu)
+    with added_by_the_hook():
+        unwritten, alone = gradients()
     return {
         "used": used,
+        "same": theirs == unwritten and ours.equal(alone),
         "kept": kept,
         "losses": max((abs(a - b) / abs(b) for a, b in zip(theirs, losses, strict=True)), default=0.0),
         "gradients": float((ours - expected).norm() / norm),

@@ -16,6 +16,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "unit"), str(HERE.parent)]
 
+from test_fp8_inputs import writing_nothing  # noqa: E402
 from test_graph_cuda import build  # noqa: E402
 from test_kernels_cuda import arguments, differing, maxima, shapes, values  # noqa: E402
 from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E402
@@ -159,7 +160,8 @@ def session() -> Iterator[Any]:
         yield opened
 
 
-def steps(llama: Any, session: Any, quant: str, recorded: bool, fp8: bool) -> dict[str, Any]:
+def steps(llama: Any, session: Any, quant: str, recorded: bool, fp8: bool, written: bool = True) -> dict[str, Any]:
+    """`written`: norms and SwiGLU write the operands of the layers that read them."""
     from megatron_edge.compose import compose
     from megatron_edge.model.build import named_shards
     from megatron_edge.quantize import apply, policy
@@ -174,6 +176,8 @@ def steps(llama: Any, session: Any, quant: str, recorded: bool, fp8: bool) -> di
     stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(model, composed.train, torch.bfloat16, stream=stream)
     used = fp8_gemm.use(wrapped) if fp8 else {}
+    if not written:
+        writing_nothing(wrapped)
     gradients = StepGraph(stream) if stream is not None else step.forward_backward
     found = []
     for at in range(STEPS):  # other samples at each step
@@ -193,11 +197,15 @@ def test_a_recorded_step_is_the_step(session: Any, quant: str, fmt: str) -> None
     llama = random_llama(hidden_size=128, intermediate_size=256)
     eager, again, recorded = (steps(llama, session, quant, graph, True) for graph in (False, False, True))
     plain = steps(llama, session, quant, False, False)
+    unwritten = steps(llama, session, quant, False, True, written=False)
     assert eager["used"] == recorded["used"] == {"used": 8}
     for what in ("losses", "norms", "weights"):
         apart, noise = (float((other[what] - eager[what]).abs().max()) for other in (recorded, again))
         print(f"{quant} {what}: recorded {apart:.1e}, eager twice {noise:.1e}")
         assert apart <= 1e-6 + 3 * noise
+        by_layers = float((unwritten[what] - eager[what]).abs().max())
+        print(f"{quant} {what}: inputs rounded by the layers {by_layers:.1e}")
+        assert by_layers <= 3 * noise, "the same bits, where a step twice has them"
     assert len(set(recorded["losses"].tolist())) == STEPS, "replayed on new samples"
     print(f"{quant} losses: FP8 {eager['losses'].tolist()}, fake-quantised {plain['losses'].tolist()}")
     assert not eager["losses"].equal(plain["losses"]) and relative(eager["losses"], plain["losses"]) < 0.02

@@ -133,8 +133,8 @@ def test_a_tokens_loss_keeps_a_label_and_two_numbers(session: Any) -> None:
     [("quant=nvfp4", "kv=fp8"), ("quant=int4", "quant.embedding=int8"), ("quant=fp8", "train.fp8_gemm=true")],
 )
 def test_quantizers_keep_a_copy_of_the_weights(arguments: tuple[str, ...], session: Any) -> None:
-    """And of activations no more than without them, but where an input is rounded that attention keeps as well; less,
-    where inputs are kept as FP8 codes."""
+    """And of activations no more than without them, but where an input is rounded that attention keeps as well: one
+    byte of each number, where that is kept as FP8 codes."""
     config, plain = configured(*arguments), configured("quant=none")
     before, nothing = saved_bytes(DENSE, plain, session)
     after, weights = saved_bytes(DENSE, config, session)
