@@ -1,4 +1,4 @@
-"""AdamW in one pass over memory: gradients divided and clipped, moments, fp32 main weights and the model's bf16 weights.
+"""AdamW in one pass over memory: gradients divided and clipped, moments, fp32 main weights, the model's bf16 weights.
 
 One launch updates all tensors of a group: a table on the device says where they lie, and is made again when one of them
 has moved. The state is that of torch's fused AdamW, with the same values within two roundings of each; who saves, loads
@@ -20,7 +20,8 @@ from megatron_edge.runtime.main_weights import weights_and_mains
 
 TILE, WARPS = 1024, 4  # elements of a program, and its warps: two loads of 16 bytes in each thread from each tensor
 _ALIGNMENT_BYTES = 16  # of addresses, for loads of that size
-_COLUMNS = tl.constexpr(9)  # of the table: gradient, moments, main, 16-bit weight or 0, step, numel, first program, aligned
+# Of the table: gradient, moments, main weight, bf16 weight or 0, step, number of elements, first program, is aligned.
+_COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
