@@ -1,9 +1,10 @@
-"""AdamW in one pass over memory: gradients divided and clipped, moments, fp32 main weights, the model's bf16 weights.
+"""AdamW in one pass over memory: gradients divided and clipped, moments, fp32 main weights, the model's bf16 weights;
+and, in a pass before, the gradients' norm.
 
-One launch updates all tensors of a group: a table on the device says where they lie, and is made again when one of them
+One launch is for all tensors of a group: a table on the device says where they lie, and is made again when one of them
 has moved. The state is that of torch's fused AdamW, with the same values within two roundings of each; who saves, loads
-or reshards it sees no difference. fp32 without fused multiply-adds, no sums: the same bits every time. Only update.py
-imports this: it needs Triton. tests/gpu/test_triton_adam_cuda.py compares.
+or reshards it sees no difference. fp32 without fused multiply-adds, sums in a fixed order: the same bits every time.
+Only update.py imports this: it needs Triton. tests/gpu/test_triton_adam_cuda.py compares.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor
 from megatron_edge.runtime.main_weights import weights_and_mains
 
 TILE, WARPS = 1024, 4  # elements of a program, and its warps: two loads of 16 bytes in each thread from each tensor
+SQUARE_TILE, SQUARE_WARPS = 8192, 8  # the same of the norm, which reads one tensor
 _ALIGNMENT_BYTES = 16  # of addresses, for loads of that size
-# Of the table: gradient, moments, main weight, bf16 weight or 0, step, number of elements, first program, is aligned.
-_COLUMNS = tl.constexpr(9)
+# Of the table: gradient, moments, main weight, bf16 weight or 0, step, number of elements, first program, is aligned,
+# first program of the norm.
+_COLUMNS = tl.constexpr(10)
 
 
 @triton.jit
@@ -85,16 +88,36 @@ def _update(
         tl.store(halves, main.to(tl.bfloat16), mask=inside)
 
 
+@triton.jit
+def _square_kernel(table, tensors, sums, TILE: tl.constexpr):
+    """sums[p] becomes the sum of the squares of a tile of tensor tensors[p]'s gradient."""
+    program = tl.program_id(0)
+    row = table + tl.load(tensors + program).to(tl.int64) * _COLUMNS
+    gradients, numel, is_aligned, first = tl.load(row), tl.load(row + 6), tl.load(row + 8), tl.load(row + 9)
+    start = (program - first) * TILE
+    at = tl.arange(0, TILE)
+    if (numel - start >= TILE) & (is_aligned != 0):
+        pointers = tl.multiple_of(gradients.to(tl.pointer_type(tl.float32)) + start + at, 16)
+        value = tl.load(pointers)
+        tl.store(sums + program, tl.sum(value * value, axis=0))
+    else:
+        value = tl.load(gradients.to(tl.pointer_type(tl.float32)) + start + at, mask=at < numel - start, other=0.0)
+        tl.store(sums + program, tl.sum(value * value, axis=0))
+
+
 @dataclass
 class _Table:
-    """What a launch needs. `steps` are torch's counts, held so that no other can take their addresses; `taken` is their
-    value, so that nobody has to ask the device for it."""
+    """What launches need. `steps` are torch's counts, held so that no other can take their addresses; `taken` is their
+    value, so that nobody has to ask the device for it. `tensors` are the programs' tensors, `counted` those of the
+    norm's, which write `sums`."""
 
     addresses: list[int]
     steps: list[Tensor]
     taken: float
     rows: Tensor
     tensors: Tensor
+    counted: Tensor
+    sums: Tensor
 
 
 class TritonAdam:
@@ -106,12 +129,27 @@ class TritonAdam:
         assert isinstance(adam, torch.optim.AdamW), type(adam)
         assert not any(group["amsgrad"] or group["maximize"] for group in adam.param_groups)
         self._inner, self._adam, self._is_ready = inner, adam, False
+        self._device = next(param.device for group in adam.param_groups for param in group["params"])
         self._tables: list[_Table | None] = [None] * len(adam.param_groups)
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """Looks where gradients, states and weights lie, some 0.2 ms of the host: for while the device is busy. Makes
-        states before the first step. After prepare_grads()."""
+    def gradient_square(self) -> Tensor:
+        """fp64 []: of the gradients that Megatron counts on this rank, as they are. After prepare_grads(); the update
+        may follow then."""
+        self._prepare()
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for table in self._tables:
+            if table is not None and table.counted.numel():
+                _square_kernel[(table.counted.numel(),)](
+                    table.rows, table.counted, table.sums,
+                    TILE=SQUARE_TILE, num_warps=SQUARE_WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+                total += table.sums.sum(dtype=torch.float64)
+        return total
+
+    def _prepare(self) -> None:
+        """Looks where gradients, states and weights lie, which takes time of the host alone. Makes states before the
+        first step."""
         models, mains = weights_and_mains(self._inner)
         halves = {main.data_ptr(): weight for weight, main in zip(models, mains, strict=True)}
         for at, group in enumerate(self._adam.param_groups):
@@ -129,7 +167,9 @@ class TritonAdam:
             if old is not None and old.addresses == addresses and all(map(_is, old.steps, steps)):
                 continue
             _check(params, tensors, weights, steps)
-            self._tables[at] = _table(addresses, [param.numel() for param in params], steps)
+            counted = {id(gradient) for gradient in self._inner.get_main_grads_for_grad_norm()}
+            sizes = [(param.numel(), id(param.grad) in counted) for param in params]
+            self._tables[at] = _table(addresses, sizes, steps, self._device)
         self._is_ready = True
 
     def step(self, divided: float) -> None:
@@ -140,7 +180,7 @@ class TritonAdam:
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
         if not self._is_ready:
-            self.prepare()
+            self._prepare()
         self._is_ready = False
         for group, table in zip(self._adam.param_groups, self._tables, strict=True):
             if table is None or not table.steps:
@@ -172,17 +212,24 @@ def _check(params: list[Tensor], tensors: list[Tensor], weights: list[Tensor | N
             assert weight.dtype is torch.bfloat16 and weight.is_contiguous() and weight.shape == param.shape
 
 
-def _table(addresses: list[int], sizes: list[int], steps: list[Tensor]) -> _Table:
-    """Asks the device for the number of steps. Raises ValueError where they are not one for all."""
+def _table(addresses: list[int], sizes: list[tuple[int, bool]], steps: list[Tensor], device: torch.device) -> _Table:
+    """`sizes`: elements of each tensor, and whether the norm counts it. Asks the device for the number of steps.
+
+    Raises:
+        ValueError: they are not one for all tensors.
+    """
     taken = set(torch.stack(steps).tolist() if steps else [0.0])
     if len(taken) != 1:
         raise ValueError(f"Adam's parameters have taken different numbers of steps: {sorted(taken)}")
     columns = torch.tensor(addresses, dtype=torch.int64).view(5, len(sizes))
-    numel = torch.tensor(sizes, dtype=torch.int64)
-    programs = ((numel + TILE - 1) // TILE).clamp(min=1)
+    numel, is_counted = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).unbind(1)
+    programs = (-(-numel // TILE)).clamp(min=1)  # who has no elements is counted up all the same
+    of_norm = -(-numel // SQUARE_TILE) * is_counted
     counts = torch.tensor([step.data_ptr() for step in steps], dtype=torch.int64)
     is_aligned = (columns % _ALIGNMENT_BYTES == 0).all(0).long()
-    rows = torch.stack([*columns, counts, numel, programs.cumsum(0) - programs, is_aligned], dim=1)
-    tensors = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(programs)
-    device = steps[0].device if steps else torch.device("cpu")
-    return _Table(addresses, steps, taken.pop(), rows.to(device), tensors.to(device))
+    firsts = [each.cumsum(0) - each for each in (programs, of_norm)]
+    rows = torch.stack([*columns, counts, numel, firsts[0], is_aligned, firsts[1]], dim=1)
+    every = torch.arange(len(sizes), dtype=torch.int32)
+    tensors, counted = (every.repeat_interleave(each).to(device) for each in (programs, of_norm))
+    sums = torch.empty(counted.numel(), dtype=torch.float32, device=device)
+    return _Table(addresses, steps, taken.pop(), rows.to(device), tensors, counted, sums)

@@ -45,7 +45,7 @@ def fuse(optimizer: Any, device: torch.device) -> Callable[..., None]:
     from megatron_edge.train.triton_adam import TritonAdam
 
     inners = [inner for inner in inner_optimizers(optimizer) if not inner.is_stub_optimizer]
-    optimizer.in_one_pass = [TritonAdam(inner) for inner in inners]
+    optimizer.in_one_pass = {inner: TritonAdam(inner) for inner in inners}
     return sum_gradients
 
 
@@ -80,13 +80,14 @@ def gradient_square(optimizer: Any, device: torch.device) -> Tensor:
     All ranks call it, after optimizer.prepare_grads()."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for inner in inner_optimizers(optimizer):  # experts have one of their own, and ranks of their own to share it
-        gradients = inner.get_main_grads_for_grad_norm()
-        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(total)
-        square = norm.double().square()
+        if inner in (optimizer.in_one_pass or ()):
+            square = optimizer.in_one_pass[inner].gradient_square()
+        else:
+            gradients = inner.get_main_grads_for_grad_norm()
+            norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(total)
+            square = norm.double().square()
         dist.all_reduce(square, group=inner.get_grad_stats_parallel_group())
         total += square
-    for adam in optimizer.in_one_pass or ():  # before the host waits for the norm
-        adam.prepare()
     return total
 
 
@@ -97,7 +98,7 @@ def clip_and_step(optimizer: Any, norm: float, divisor: float = 1.0) -> None:
     limit = optimizer.config.clip_grad
     coefficient = min(limit / (norm + 1e-6), 1.0) if limit > 0 else 1.0
     if optimizer.in_one_pass is not None:
-        for adam in optimizer.in_one_pass:
+        for adam in optimizer.in_one_pass.values():
             adam.step(coefficient / divisor)
         return
     assert divisor == 1.0

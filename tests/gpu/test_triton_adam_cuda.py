@@ -37,6 +37,19 @@ BETAS, EPSILON, TOKENS = (0.9, 0.95), 1e-8, 4099
 ROUNDING = 2.0**-23
 
 
+def one_process() -> Any:
+    from megatron_edge.contracts import ParallelPlan
+    from megatron_edge.runtime.session import open_session
+
+    return open_session(ParallelPlan(), rank=0, local_rank=0, store=None, timeout_seconds=300, seed=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[Any]:
+    with one_process() as opened:
+        yield opened
+
+
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
@@ -46,9 +59,6 @@ def megatron_optimizer(dtype: torch.dtype, shapes: Any = SHAPES) -> Any:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    from megatron_edge.runtime import compat
-
-    compat.install()
     params = [nn.Parameter(random(*shape, seed=at).to(dtype)) for at, shape in enumerate(shapes)]
     buffer, begin = torch.zeros(sum(param.numel() for param in params), device=DEVICE), 0
     for param in params:
@@ -100,7 +110,7 @@ def run(inner: Any, params: list[Any], adam: Any, steps: range) -> None:
         inner.zero_grad()
         draw(params, seed)
         inner.prepare_grads()
-        adam.prepare()
+        adam.gradient_square()
         adam.step(0.5 / TOKENS)
 
 
@@ -116,7 +126,7 @@ def test_a_step_is_torch_s_within_two_roundings(dtype: torch.dtype) -> None:
         inner.zero_grad()
         draw(params, seed)
         inner.prepare_grads()
-        ours.prepare()
+        ours.gradient_square()  # makes the first state
         theirs, old = copy.deepcopy(inner.optimizer), states_of(inner.optimizer)
         for main, own in zip(mains_of(theirs), mains_of(inner.optimizer), strict=True):
             main.grad = own.grad * torch.tensor(0.5 / TOKENS)  # type: ignore[operator]
@@ -190,15 +200,6 @@ def test_a_count_of_steps_that_was_set_is_believed() -> None:
         run(inner, params, ours, range(2, 3))
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Any]:
-    from megatron_edge.contracts import ParallelPlan
-    from megatron_edge.runtime.session import open_session
-
-    with open_session(ParallelPlan(), rank=0, local_rank=0, store=None, timeout_seconds=300, seed=1) as opened:
-        yield opened
-
-
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -255,31 +256,62 @@ def test_a_gradient_that_is_not_finite_changes_nothing(session: Any, monkeypatch
     assert step.train_step(chunks, optimizer, random_batches(), session).applied
 
 
+def test_the_norm_is_that_of_what_megatron_counts() -> None:
+    from megatron_edge.train.triton_adam import TritonAdam
+
+    inner, params = megatron_optimizer(torch.bfloat16, (*SHAPES, (5, 8192), (20001,)))
+    params[2].shared = inner.optimizer.param_groups[0]["params"][1].shared = True  # counted elsewhere
+    ours = TritonAdam(inner)
+    for seed in range(2):
+        inner.zero_grad()
+        draw(params, seed)
+        inner.prepare_grads()
+        gradients = inner.get_main_grads_for_grad_norm()
+        assert len(gradients) == len(params) - 1
+        square, twice = float(ours.gradient_square()), float(ours.gradient_square())
+        exact = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        print(f"square of the norm: {square / exact - 1:.1e} from fp64; limit 2e-7")
+        assert square == twice == pytest.approx(exact, rel=2e-7)
+    for wrong in (torch.inf, torch.nan):
+        params[-1].main_grad[-1] = wrong
+        assert not torch.isfinite(ours.gradient_square())
+
+
+def milliseconds(run: Any, times: int = 10) -> float:
+    for _ in range(3):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / times
+
+
 def main() -> None:
-    """Milliseconds and TB/s of an update of 0.5 B bf16 parameters, at several sizes of a program."""
+    """Milliseconds and TB/s of norm and update of 0.5 B bf16 parameters, at several sizes of a program."""
     from megatron_edge.train import triton_adam
 
     shapes = ((32000, 2048), *((11008, 2048), (2048, 5504), (6144, 2048), (2048, 2048), (2048,)) * 9)
     inner, params = megatron_optimizer(torch.bfloat16, shapes)
     inner.prepare_grads()
     numel = sum(param.numel() for param in params)
+    gradients = inner.get_main_grads_for_grad_norm()
+    took = milliseconds(lambda: nn.utils.get_total_norm(gradients))
+    print(f"{numel / 1e6:.0f} M parameters, torch's norm: {took:.2f} ms, {4 * numel / took / 1e9:.2f} TB/s")
+    for tile, warps in ((8192, 8), (4096, 4), (4096, 8), (16384, 8), (16384, 16)):
+        triton_adam.SQUARE_TILE, triton_adam.SQUARE_WARPS = tile, warps
+        took = milliseconds(triton_adam.TritonAdam(inner).gradient_square)
+        print(f"norm, {tile} elements in {warps} warps: {took:.2f} ms, {4 * numel / took / 1e9:.2f} TB/s")
     for tile, warps in ((1024, 4), (2048, 8), (2048, 4), (512, 4), (1024, 8), (4096, 8)):
         triton_adam.TILE, triton_adam.WARPS = tile, warps
         ours = triton_adam.TritonAdam(inner)
-        for _ in range(3):
-            ours.prepare()
-            ours.step(1e-3)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            ours.prepare()
-            ours.step(1e-3)
-        end.record()
-        torch.cuda.synchronize()
-        took = start.elapsed_time(end) / 10
-        speed = 30 * numel / took / 1e9
-        print(f"{numel / 1e6:.0f} M parameters, {tile} elements in {warps} warps: {took:.2f} ms, {speed:.2f} TB/s")
+        ours.gradient_square()
+        took = milliseconds(lambda: ours.step(1e-3))  # noqa: B023
+        print(f"Adam, {tile} elements in {warps} warps: {took:.2f} ms, {30 * numel / took / 1e9:.2f} TB/s")
 
 
 if __name__ == "__main__":
-    main()
+    with one_process():
+        main()
