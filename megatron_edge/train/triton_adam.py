@@ -9,6 +9,7 @@ Only update.py imports this: it needs Triton. tests/gpu/test_triton_adam_cuda.py
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,8 @@ class TritonAdam:
         adam = inner.optimizer
         assert isinstance(adam, torch.optim.AdamW), type(adam)
         assert not any(group["amsgrad"] or group["maximize"] for group in adam.param_groups)
-        self._inner, self._adam, self._is_ready = inner, adam, False
+        self._inner = weakref.proxy(inner)  # which holds this: tensors in a cycle wait for Python's garbage collector
+        self._adam, self._is_ready = adam, False
         self._device = next(param.device for group in adam.param_groups for param in group["params"])
         self._tables: list[_Table | None] = [None] * len(adam.param_groups)
 

@@ -44,8 +44,8 @@ def fuse(optimizer: Any, device: torch.device) -> Callable[..., None]:
         return finalize
     from megatron_edge.train.triton_adam import TritonAdam
 
-    inners = [inner for inner in inner_optimizers(optimizer) if not inner.is_stub_optimizer]
-    optimizer.in_one_pass = {inner: TritonAdam(inner) for inner in inners}
+    inners = inner_optimizers(optimizer)
+    optimizer.in_one_pass = [None if inner.is_stub_optimizer else TritonAdam(inner) for inner in inners]
     return sum_gradients
 
 
@@ -79,9 +79,10 @@ def gradient_square(optimizer: Any, device: torch.device) -> Tensor:
     """fp64 []: the square of the norm of the whole model's gradient as it is, see `undivided_by`; equal on all ranks.
     All ranks call it, after optimizer.prepare_grads()."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for inner in inner_optimizers(optimizer):  # experts have one of their own, and ranks of their own to share it
-        if inner in (optimizer.in_one_pass or ()):
-            square = optimizer.in_one_pass[inner].gradient_square()
+    inners = inner_optimizers(optimizer)  # experts have one of their own, and ranks of their own to share it
+    for inner, adam in zip(inners, optimizer.in_one_pass or [None] * len(inners), strict=True):
+        if adam is not None:
+            square = adam.gradient_square()
         else:
             gradients = inner.get_main_grads_for_grad_norm()
             norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(total)
@@ -98,7 +99,7 @@ def clip_and_step(optimizer: Any, norm: float, divisor: float = 1.0) -> None:
     limit = optimizer.config.clip_grad
     coefficient = min(limit / (norm + 1e-6), 1.0) if limit > 0 else 1.0
     if optimizer.in_one_pass is not None:
-        for adam in optimizer.in_one_pass.values():
+        for adam in filter(None, optimizer.in_one_pass):
             adam.step(coefficient / divisor)
         return
     assert divisor == 1.0
