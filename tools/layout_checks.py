@@ -263,7 +263,7 @@ def train(case: Case, model: nn.Module, values: dict[str, float]) -> list[float]
     """The losses of the first steps; into `values` the largest difference of a gradient after the first one, and what
     `quantised_alike` says before the last."""
     from megatron_edge.model.build import named_shards
-    from megatron_edge.train import step
+    from megatron_edge.train import step, update
     from megatron_edge.train.data import BatchPlan
 
     settings, session = case.config.train, case.session
@@ -277,11 +277,13 @@ def train(case: Case, model: nn.Module, values: dict[str, float]) -> list[float]
         if at == settings.steps - 1:
             values |= quantised_alike(case, wrapped, batches.micro_batches(at, 0, 1))
         micro_batches = batches.micro_batches(at, session.dp_rank, session.plan.dp)
-        losses.append(step.train_step(wrapped, optimizer, micro_batches, session).loss)
+        result = step.train_step(wrapped, optimizer, micro_batches, session)
+        losses.append(result.loss)
         schedule.step(1)
         if at or splits:  # a distributed optimizer leaves each rank a part of the sum, and rubbish beside it
             continue
-        gradients = {name: param.main_grad for name, param in named_shards(wrapped).items()}
+        divisor = update.undivided_by(optimizer, result.tokens)
+        gradients = {name: param.main_grad / divisor for name, param in named_shards(wrapped).items()}
         if case.is_reference:
             keep(case.file("gradients"), gradients)
             continue

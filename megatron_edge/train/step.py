@@ -79,11 +79,11 @@ def make_trainable(
         ),
         list(wrapped),
     )
-    update.fuse(optimizer)
+    finalize = update.fuse(optimizer, next(model.parameters()).device)
     adapters.let_gradients_pass(wrapped)
     set_weight_cache(wrapped, train.cache_weights)
     config = chunks[0].config  # of all chunks
-    config.finalize_model_grads_func = update.finalize
+    config.finalize_model_grads_func = finalize
     config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
 
@@ -163,9 +163,9 @@ def _iterators(batches: Sequence[Batch | DeviceBatch], session: Session, targets
 def forward_backward(
     model: nn.ModuleList, batches: Sequence[Batch | DeviceBatch], session: Session, objective: Objective
 ) -> list[dict[str, Tensor]]:
-    """Gradients of a step's micro-batches, added up in the chunks' buffers, reduced over replicas and divided by
-    tokens. What the objective reports of each on the last stage's ranks, and on any what it found inside. All ranks
-    call it."""
+    """Gradients of a step's micro-batches, added up in the chunks' buffers, reduced over replicas and, unless that is
+    left to Adam, divided by tokens. What the objective reports of each on the last stage's ranks, and on any what it
+    found inside. All ranks call it."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     targets = objective.targets(batches)
@@ -205,9 +205,10 @@ def train_step(
     total, tokens, *others, are_bad, square_of_norm = torch.cat([sums, square[None]]).tolist()
     # Upstream asks for finite gradients only where a loss is scaled, which fp16 needs, and would put what is not finite
     # into the weights.
-    norm, applied = math.sqrt(square_of_norm), math.isfinite(total) and not are_bad
+    divisor = update.undivided_by(optimizer, tokens)
+    norm, applied = math.sqrt(square_of_norm) / divisor, math.isfinite(total) and not are_bad
     if applied:
-        update.clip_and_step(optimizer, norm)
+        update.clip_and_step(optimizer, norm, divisor)
     adapters.merge(model)
     parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
     return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
