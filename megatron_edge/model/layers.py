@@ -179,9 +179,9 @@ class PackedAttention(nn.Module):
     `attention_mask` is None for causal attention over the whole window; or int32 [segments + 1], where segments of the
     windows begin (model/segments.py); or bool [b, 1, s, t], True where attention is not allowed. Flash attention takes
     the first two, over grouped keys and values as they are. KV quantizers act on key and value after rotation, as a
-    runtime's cache sees them. Under context parallelism s is this rank's part of the text; it is int32
-    [2, segments + 1], where segments of its queries and keys begin (segments.starts_of_part), also for causal attention;
-    or a mask, where t is the whole text as the ranks' parts follow each other (train/placement.py makes both).
+    runtime's cache sees them. Under context parallelism s is this rank's part of the text; where segments of its
+    queries and of its keys begin is int32 [2, segments + 1] (segments.starts_of_part), for causal attention too; and of
+    a mask t is the whole text as the ranks' parts follow each other (train/placement.py makes both).
     """
 
     def __init__(self, config: Any, *_: Any, **__: Any) -> None:

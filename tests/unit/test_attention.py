@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from tiny_megatron import hf_config_of, random_batches
 from torch import Tensor
 
+from megatron_edge.contracts import ParallelPlan
 from megatron_edge.model import segments
 from megatron_edge.model.build import build_model, chunks_of, forward
 from megatron_edge.model.layers import PackedAttention
@@ -52,6 +54,29 @@ def test_only_windows_of_several_documents_have_a_mask(session: Any) -> None:
     packed = batch._replace(documents=documents)
     mask = placement.to_device(packed, session).attention_mask
     assert mask is not None and mask[1, 0, 25, 19] and not mask[1, 0, 25, 20] and not mask[0, 0, 25, 19]
+
+
+def test_a_part_of_the_text(session: Any) -> None:
+    """Without flash attention it has a mask; else segments of its own, of one size for windows of one document and of
+    another for all others."""
+    (batch, packed), plan = random_batches(), ParallelPlan(cp=2, world_size=2)
+    packed = packed._replace(documents=(torch.arange(32).expand(2, 32) // 7).int())
+    found: dict[str, list[Tensor]] = {"causally": [], "within segments": []}
+    for rank in range(2):
+        here = dataclasses.replace(session, plan=plan, cp_rank=rank)
+        assert placement.attends(batch, here) == placement.attends(packed, here) == "by mask"
+        on_cuda = dataclasses.replace(here, device=torch.device("cuda"))
+        assert placement.attends(batch, on_cuda) == "causally"
+        assert placement.attends(packed, on_cuda) == "within segments"
+        for given, way in ((batch, "causally"), (batch, "within segments"), (packed, "within segments")):
+            placed = placement.to_device(given, here, way)
+            assert placed.tokens.equal(given.tokens[:, context_positions(32, rank, 2)])
+            assert placed.attention_mask is not None
+            found[way].append(placed.attention_mask)
+    assert [tuple(x.shape) for x in found["causally"]] == [(2, 5)] * 2
+    assert [tuple(x.shape) for x in found["within segments"]] == [(2, 33)] * 4
+    assert found["causally"][0].tolist() == [[0, 8, 16, 24, 32], [0, 8, 40, 48, 80]]
+    assert found["causally"][1].tolist() == [[0, 8, 16, 24, 32], [0, 16, 40, 56, 80]]
 
 
 DOCUMENTS = torch.tensor([[0] * 20 + [1] * 28, [1] * 5 + [2] * 42 + [3]], dtype=torch.int32)
@@ -117,7 +142,7 @@ def test_the_segments_of_a_part_say_what_a_mask_says(size: int) -> None:
             keys, values = segments.keys_of_part(gathered(key, value, size), rank, size)
             assert own.dtype is torch.int32 and own.shape == (2, 2 * windows * 24 + 1)
             out = of_each_segment(query[part], keys, values, own)
-            assert float((out - expected[part]).abs().max()) < 1e-12
+            assert float((out - expected[part]).detach().abs().max()) < 1e-12
             total = total + (out * whole[3][part]).sum()
             allowed = ~segments.mask(own, windows, len(part), len(keys))
             places = segments.keys_of_part(gathered(*[torch.arange(TOKENS)] * 2, size), rank, size)[0]
