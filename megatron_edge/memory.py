@@ -305,7 +305,8 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     keeps of model/layers.py and model/fused.py, one by one. Routed tokens are taken to spread evenly over experts.
 
     With a mask, which windows of several documents take on a CPU, and on CUDA where the documents are many and short:
-    others keep no mask, and with flash attention no key and value for each head.
+    others keep no mask, and with flash attention no key and value for each head, but under context parallelism half of
+    a part's more of them, for the first of its two pieces (model/segments.py).
 
     After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, RoPE, grouped queries,
     fused attention, SwiGLU and experts, without dropout.
@@ -316,7 +317,8 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     if config.parallel.recompute == "selective":  # query, key, what value is a view of (all three), and the result
         attention, mask = size * 3 * (heads + kv_heads), 0
     else:  # query and result; key and value (of all context ranks) for each head; log of the sums
-        attention = size * heads * (2 + 2 * layout.cp) + 4 * dims.num_heads
+        both = max(2 * layout.cp * heads, (2 * layout.cp + 1) * kv_heads if layout.cp > 1 else 0)
+        attention = size * (2 * heads + both) + 4 * dims.num_heads
         mask = size * config.train.seq_length_tokens  # in the activations' dtype
     kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of an input that a linear layer rounds
     if config.model.backend == "apex":  # whose norms write no rounded value (quantize/fp8_inputs.py)

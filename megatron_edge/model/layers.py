@@ -114,6 +114,14 @@ def _gather_parts(x: Tensor) -> Tensor:
     return gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
 
 
+def _keys_of_part(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each context-parallel rank's part -> for the pieces of this rank (segments.keys_of_part), in one exchange."""
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    return segments.keys_of_part(_gather_parts(torch.cat((key, value))), rank, size)
+
+
 @functools.cache
 def experts_class() -> type[nn.Module]:
     """Megatron's SequentialMLP, but a token's routing weight multiplies its expert's output: upstream multiplies the
@@ -198,8 +206,9 @@ class PackedAttention(nn.Module):
     `attention_mask` is None for causal attention over the whole window; or int32 [segments + 1], where segments of the
     windows begin (model/segments.py); or bool [b, 1, s, t], True where attention is not allowed. Flash attention takes
     the first two, over grouped keys and values as they are. KV quantizers act on key and value after rotation, as a
-    runtime's cache sees them. Under context parallelism s is this rank's part of the text and t the whole, as the
-    ranks' parts follow each other (train/placement.py makes the mask so).
+    runtime's cache sees them. Under context parallelism s is this rank's part of the text; where segments of its
+    queries and of its keys begin is int32 [2, segments + 1] (segments.starts_of_part), for causal attention too; and of
+    a mask t is the whole text as the ranks' parts follow each other (train/placement.py makes both).
     """
 
     def __init__(self, config: Any, *_: Any, **__: Any) -> None:
@@ -210,12 +219,16 @@ class PackedAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
-        if self.gathers:
+        assert attention_mask is not None or not self.gathers
+        cut = attention_mask is not None and attention_mask.dim() <= 2
+        if self.gathers and cut:
+            key, value = _keys_of_part(key, value)
+        elif self.gathers:
             key, value = (_gather_parts(x) for x in (key, value))
-        if attention_mask is not None and attention_mask.dim() == 1:
+        if attention_mask is not None and cut:
             if segments.takes(query):
                 return segments.attention(query, key, value, attention_mask, self.scale)
-            attention_mask = segments.mask(attention_mask, query.shape[1], query.shape[0])
+            attention_mask = segments.mask(attention_mask, query.shape[1], query.shape[0], key.shape[0])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         causal, repeats = attention_mask is None, q.shape[1] // k.shape[1]
         grouped = repeats > 1 and causal and _flash_takes_groups(q, k, v)

@@ -1,7 +1,9 @@
 """A micro-batch on its rank's device: this rank's part of it, and how attention goes within its windows.
 
 Three ways, each a kernel that rounds differently: causally over whole windows, within the segments of windows that hold
-several documents (CUDA), or by a mask. Called by train/step.py and train/graph.py.
+several documents (CUDA), or by a mask. Under context parallelism the first is the second with one segment a window
+(CUDA), and the ranks of a window choose the same way, from the whole of it: each exchanges other tensors. Called by
+train/step.py and train/graph.py.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_edge.model.segments import starts_of_part
 from megatron_edge.runtime.session import Session, context_positions
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train.data import Batch, attention_mask, segment_starts, several_documents
@@ -36,17 +39,33 @@ class DeviceBatch:
 
 def attends(batch: Batch, session: Session) -> Attends:
     """How attention within these windows goes, on this rank's part of them."""
-    if session.plan.cp > 1:
+    on_cuda = session.device.type == "cuda"  # elsewhere torch has no flash attention of segments
+    if session.plan.cp > 1 and not on_cuda:
         return "by mask"
     if not several_documents(batch.documents):
         return "causally"
-    on_cuda = session.device.type == "cuda"  # elsewhere torch has no flash attention of segments
     return "within segments" if on_cuda and _segments(batch) is not None else "by mask"
 
 
 def _segments(batch: Batch) -> Tensor | None:
     windows, length = batch.documents.shape
     return segment_starts(batch.documents, windows * max(8, length // TOKENS_OF_A_SEGMENT))
+
+
+def _starts(batch: Batch, session: Session, way: Attends) -> Tensor | None:
+    """Where the segments begin that attention stays within; under context parallelism those of this rank's part. None:
+    whole windows, of one rank."""
+    windows, length = batch.documents.shape
+    plan = session.plan
+    if way == "causally":
+        starts = torch.arange(0, (windows + 1) * length, length, dtype=torch.int32) if plan.cp > 1 else None
+    else:
+        starts = _segments(batch)
+        assert starts is not None
+    if plan.cp > 1:
+        assert starts is not None
+        starts = starts_of_part(starts, length, session.cp_rank, plan.cp)
+    return starts
 
 
 def place(batches: Sequence[Batch], session: Session) -> tuple[Attends, list[DeviceBatch]]:
@@ -62,19 +81,19 @@ def to_device(batch: Batch | DeviceBatch, session: Session, way: Attends | None 
     if isinstance(batch, DeviceBatch):
         return batch
     mark()
-    plan, length, mask = session.plan, batch.tokens.shape[1], None
+    plan, length = session.plan, batch.tokens.shape[1]
     way = way or attends(batch, session)
-    if way == "within segments":
-        mask = _segments(batch)
-        assert mask is not None
-        mask = _sent(mask, session.device)
-    elif way == "by mask":
+    if way == "by mask":
         mask = attention_mask(_sent(batch.documents, session.device))
+    else:
+        mask = _starts(batch, session, way)
+        mask = None if mask is None else _sent(mask, session.device)
     if plan.cp > 1:
         parts = [context_positions(length, rank, plan.cp) for rank in range(plan.cp)]
         mine = parts[session.cp_rank]
-        assert mask is not None
-        mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
+        if way == "by mask":
+            assert mask is not None
+            mask = mask[:, :, mine.to(mask.device)][..., torch.cat(parts).to(mask.device)]
         batch = Batch(*(part[:, mine] for part in batch))
     return DeviceBatch(
         tokens=_sent(batch.tokens, session.device),

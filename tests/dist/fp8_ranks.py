@@ -1,6 +1,6 @@
 """What a rank does for test_fp8_layouts.py, which starts it under torchrun: the gradients of a step with FP8 products
 and with fake-quantised ones, those of weights added by the product and by Megatron's hook, on one layout after the
-other.
+other; on LAYOUT:ways, with context parallelism, those of each way to attend.
 
 In: the JSON file to write, and the names of layouts.
 """
@@ -135,6 +135,38 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
     }
 
 
+def ways(layout: str, session: Any) -> dict[str, list[float]]:
+    """Relative differences of loss and gradients between attention by a mask and the other ways, for windows of one
+    document, and of several."""
+    from megatron_edge.compose import compose
+    from megatron_edge.model.hf_config import checked_config
+    from megatron_edge.train import placement, step
+
+    model = build(layout, checked_config(DENSE, layout), session)
+    wrapped, _ = step.make_trainable(model, compose([*RECIPE]).train, torch.float32)
+    whole = random_batches(2)
+    documents = torch.zeros_like(whole[0].documents)
+    documents[0, 5:] += 1
+    documents[0, 17:] += 1
+    documents[1, 20:] += 1
+
+    def gradients(batches: list[Any], way: placement.Attends) -> tuple[Tensor, Tensor]:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        placed = [placement.to_device(batch, session, way) for batch in batches]
+        found = step.forward_backward(wrapped, placed, session, step.LABELS)
+        flat = [param.main_grad.flatten().clone() for param in wrapped.parameters() if param.requires_grad]
+        return torch.stack([part["total"] for part in found]), torch.cat(flat)
+
+    differences = {}
+    for way, batches in (
+        ("causally", whole), ("within segments", [batch._replace(documents=documents) for batch in whole]),
+    ):  # fmt: skip
+        pairs = zip(gradients(batches, way), gradients(batches, "by mask"), strict=True)  # type: ignore[arg-type]
+        differences[way] = [float((one - other).norm() / other.norm()) for one, other in pairs]
+    return differences
+
+
 def main(output: Path, layouts: list[str]) -> None:
     from torch.distributed import PrefixStore, rendezvous
 
@@ -144,8 +176,9 @@ def main(output: Path, layouts: list[str]) -> None:
     found = {}
     for layout in layouts:
         place = {"rank": rank, "local_rank": int(os.environ["LOCAL_RANK"]), "store": PrefixStore(layout, store)}
-        with open_session(layout_plan(layout), **place, timeout_seconds=300, seed=1) as session:
-            found[layout] = session.gather(compare(layout, session))
+        name, _, what = layout.partition(":")
+        with open_session(layout_plan(name), **place, timeout_seconds=300, seed=1) as session:
+            found[layout] = session.gather((ways if what else compare)(name, session))
     if rank == 0:
         output.write_text(json.dumps(found, indent=1))
 

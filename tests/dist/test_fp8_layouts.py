@@ -1,5 +1,6 @@
 """FP8 products, and products that add gradients of weights, where layouts cut or exchange what a linear layer multiplies,
-two processes with gloo: the gradients of fake-quantised ones that Megatron's hook adds, in fp32."""
+two processes with gloo: the gradients of fake-quantised ones that Megatron's hook adds, in fp32. And attention where
+context parallelism cuts the text."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ WORKER = Path(__file__).with_name("fp8_ranks.py")
 LAYOUTS = {
     "TP2": (8, 2), "TP2SPRC": (8, 2), "EP2": (12, 6), "TP2ETP2SP": (20, 10), "PP2": (4, 1), "CP2": (8, 2), "DP2": (8, 2),
 }  # fmt: skip
+CONTEXT_LAYOUTS = ("CP2:ways", "CP2RC:ways")
 MICRO_BATCHES = 4
 LIMIT = 1e-5  # of fp32 sums in another order
 
@@ -29,7 +31,7 @@ LIMIT = 1e-5  # of fp32 sums in another order
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     output = tmp_path_factory.mktemp("fp8") / "found.json"
     done = subprocess.run(
-        [*TORCHRUN, str(WORKER), str(output), *LAYOUTS],
+        [*TORCHRUN, str(WORKER), str(output), *LAYOUTS, *CONTEXT_LAYOUTS],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -55,3 +57,12 @@ def test_weights_gradients_that_products_add(found: dict[str, list[dict[str, Any
         has_output = layout != "PP2" or index == 1
         assert rank["added"] == [MICRO_BATCHES * (LAYOUTS[layout][0] + has_output)] * 2
         assert rank["gradients_added"] < LIMIT
+
+
+@pytest.mark.parametrize("layout", CONTEXT_LAYOUTS)
+def test_every_way_to_attend_to_a_part(found: dict[str, list[dict[str, Any]]], layout: str) -> None:
+    """What flash attention gets on CUDA, which here becomes a mask; documents are cut within and between pieces."""
+    for rank in found[layout]:
+        for way, (losses, gradients) in rank.items():
+            print(f"{layout} {way}: losses {losses:.1e}, gradients {gradients:.1e}")
+            assert losses < LIMIT and gradients < LIMIT
