@@ -39,8 +39,8 @@ class StepGraph:
     """Takes the place of `step.forward_backward` for steps of one shape. The model's DistributedDataParallel must have
     been made on `stream`: autograd accumulates gradients where the accumulators were made.
 
-    Each way to attend (placement.Attends: windows of several documents have another than those of one) has a graph of its
-    own; they use the same memory, as do all graphs of one `pool` (None: of its own), of which no two may run at a
+    Each way to attend (placement.Attends: windows of several documents have another than those of one) has a graph of
+    its own; they use the same memory, as do all graphs of one `pool` (None: of its own), of which no two may run at a
     time."""
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any = None) -> None:

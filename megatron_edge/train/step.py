@@ -201,17 +201,34 @@ def train_step(
     is_bad = torch.logical_not(square.isfinite())
     sums = torch.cat([_sums(found, session, objective.parts), is_bad.double()[None]])
     dist.all_reduce(sums)
-    # Fetched together: each time that the host waits for the device, it loses its lead.
-    total, tokens, *others, are_bad, square_of_norm = torch.cat([sums, square[None]]).tolist()
+    facts = torch.cat([sums, square[None]])
+    # Fetched together, ahead of the update: each time that the host waits for the device, it loses its lead.
+    fetched = _fetching(facts)
+    update.start(optimizer, total=facts[0], tokens=facts[1], are_bad=facts[-2], square=facts[-1])
+    total, tokens, *others, are_bad, square_of_norm = fetched()
     # Upstream asks for finite gradients only where a loss is scaled, which fp16 needs, and would put what is not finite
     # into the weights.
-    divisor = update.undivided_by(optimizer, tokens)
-    norm, applied = math.sqrt(square_of_norm) / divisor, math.isfinite(total) and not are_bad
-    if applied:
-        update.clip_and_step(optimizer, norm, divisor)
+    norm = math.sqrt(square_of_norm) / update.undivided_by(optimizer, tokens)
+    applied = math.isfinite(total) and not are_bad
+    update.finish(optimizer, norm, applied)
     adapters.merge(model)
     parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
     return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
+
+
+def _fetching(x: Tensor) -> Callable[[], list[float]]:
+    """The copy of x to the host has been launched; the function waits for it, and for nothing that comes after."""
+    if not x.is_cuda:
+        return x.tolist
+    kept, arrived = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    kept.copy_(x, non_blocking=True)
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return kept.tolist()
+
+    return wait
 
 
 def _sums(found: list[dict[str, Tensor]], session: Session, parts: tuple[str, ...] = ()) -> Tensor:

@@ -30,11 +30,18 @@ _COLUMNS = tl.constexpr(10)
 
 @triton.jit
 def _adam_kernel(
-    table, tensors, divided, one, two, epsilon, rate, decay, root, step,
+    table, tensors, decision, one, two, epsilon, rate, decay, root, step,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program p works on a tile of tensor tensors[p], a row of the table. `divided` multiplies gradients, `one` and
-    `two` are 1 - beta; `rate` and `root` have the corrections of the moments' bias, see `TritonAdam.step`."""
+    """Program p works on a tile of tensor tensors[p], a row of the table. `decision` has what multiplies gradients, and
+    0 where nothing is to be updated; `one` and `two` are 1 - beta; `rate` and `root` have the corrections of the
+    moments' bias, see `TritonAdam.step`."""
+    if tl.load(decision + 1) != 0:
+        _program(table, tensors, tl.load(decision), one, two, epsilon, rate, decay, root, step, TILE)
+
+
+@triton.jit
+def _program(table, tensors, divided, one, two, epsilon, rate, decay, root, step, TILE: tl.constexpr):
     program = tl.program_id(0)
     row = table + tl.load(tensors + program).to(tl.int64) * _COLUMNS
     gradients, means, squares, mains = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -174,8 +181,9 @@ class TritonAdam:
             self._tables[at] = _table(addresses, sizes, steps, self._device)
         self._is_ready = True
 
-    def step(self, divided: float) -> None:
-        """With the gradients times `divided`, which are left as they are.
+    def step(self, decision: Tensor) -> None:
+        """With the gradients times decision[0], which are left as they are; nothing changes where decision[1] is 0.
+        decision: fp32 [2] on the device. `count` tells what was decided, before the next step.
 
         Main weights become (1 - lr wd) main - lr m / (sqrt(v) + eps) with the moments m and v divided by
         1 - beta^step (Loshchilov & Hutter 2019, algorithm 2)."""
@@ -187,16 +195,20 @@ class TritonAdam:
         for group, table in zip(self._adam.param_groups, self._tables, strict=True):
             if table is None or not table.steps:
                 continue
-            table.taken += 1
-            (beta1, beta2), rate = group["betas"], group["lr"]
+            (beta1, beta2), rate, taken = group["betas"], group["lr"], table.taken + 1
             _adam_kernel[(table.tensors.numel(),)](
-                table.rows, table.tensors, divided, 1 - beta1, 1 - beta2, group["eps"],
-                rate / (1 - beta1**table.taken), rate * group["weight_decay"], (1 - beta2**table.taken) ** -0.5,
-                table.taken, TILE=TILE, num_warps=WARPS, enable_fp_fusion=False,
+                table.rows, table.tensors, decision, 1 - beta1, 1 - beta2, group["eps"],
+                rate / (1 - beta1**taken), rate * group["weight_decay"], (1 - beta2**taken) ** -0.5,
+                taken, TILE=TILE, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
         if isinstance(self._inner, DistributedOptimizer):  # as its step_with_ready_grads does
             for chunk in self._inner.model_chunks:
                 chunk.start_param_sync()
+
+    def count(self, applied: bool) -> None:
+        for table in self._tables:
+            if table is not None and applied:
+                table.taken += 1
 
 
 def _is(one: Tensor, other: Tensor) -> bool:

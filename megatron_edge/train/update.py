@@ -1,10 +1,10 @@
 """The optimizer's part of a step: gradients divided by tokens, their norm, clipping, Adam.
 
 The host waits for the device once in a step, in `step.train_step`, which fetches loss and norm together; nothing here
-does. What each parameter costs in memory traffic on CUDA, in bytes: 4 for the norm and 30 for Adam (triton_adam.py),
-which divides, clips and writes the bf16 weight on its way. Without Triton, or with the Adam of TransformerEngine or
-apex: 8 to divide its gradient, 4 for the norm, 8 where it is clipped, 28 for Adam, 6 for its bf16 weight. Neither makes
-temporaries.
+does, and Adam in one pass is launched before that wait. What each parameter costs in memory traffic on CUDA, in bytes:
+4 for the norm and 30 for Adam (triton_adam.py), which divides, clips and writes the bf16 weight on its way. Without
+Triton, or with the Adam of TransformerEngine or apex: 8 to divide its gradient, 4 for the norm, 8 where it is clipped,
+28 for Adam, 6 for its bf16 weight. Neither makes temporaries.
 """
 
 from __future__ import annotations
@@ -93,16 +93,36 @@ def gradient_square(optimizer: Any, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: Any, norm: float, divisor: float = 1.0) -> None:
-    """Divides gradients by `divisor`, which have that norm then, scales them down to the optimizer's limit, and updates
-    the parameters. All ranks call it."""
-    limit = optimizer.config.clip_grad
-    coefficient = min(limit / (norm + 1e-6), 1.0) if limit > 0 else 1.0
+def start(optimizer: Any, *, total: Tensor, tokens: Tensor, are_bad: Tensor, square: Tensor) -> None:
+    """Launches an update in one pass, whose kernels find out themselves whether loss and gradients are finite, so that
+    the device has work while the host hears of it; `finish` does all where another Adam updates.
+
+    Args: fp64 [] each, equal on all ranks: the loss's sum, its tokens, not 0 where a gradient is not finite, and
+        `gradient_square`. All ranks call it.
+    """
+    if optimizer.in_one_pass is None:
+        return
+    factor, limit = 1.0 / tokens.clamp(min=1), optimizer.config.clip_grad
+    if limit > 0:
+        factor = factor * (limit / (square.sqrt() * factor + 1e-6)).clamp(max=1)
+    is_applied = total.isfinite() & (are_bad == 0)
+    decision = torch.stack([factor, is_applied.double()]).float()
+    for adam in filter(None, optimizer.in_one_pass):
+        adam.step(decision)
+
+
+@torch.no_grad()
+def finish(optimizer: Any, norm: float, applied: bool) -> None:
+    """The rest of an update that is `applied`: all of it but where `start` has launched it, scaling gradients of that
+    norm down to the optimizer's limit. All ranks call it."""
     if optimizer.in_one_pass is not None:
         for adam in filter(None, optimizer.in_one_pass):
-            adam.step(coefficient / divisor)
+            adam.count(applied)
         return
-    assert divisor == 1.0
+    if not applied:
+        return
+    limit = optimizer.config.clip_grad
+    coefficient = limit / (norm + 1e-6) if limit > 0 else 1.0
     if coefficient < 1.0:
         for inner in inner_optimizers(optimizer):
             gradients = [param.grad for param in inner.get_parameters() if param.grad is not None]

@@ -86,7 +86,7 @@ def test_updates_are_those_of_a_plain_loop(session: Any, dtype: torch.dtype, dis
 def test_a_state_is_continued(session: Any, monkeypatch: Any, saved: str, loaded: str) -> None:
     """That of the same way bit for bit; torch's default counts steps on the CPU."""
     from megatron_edge.runtime import optimizer_state
-    from megatron_edge.train import step, update
+    from megatron_edge.train import step
 
     llama = random_llama(hidden_size=128, intermediate_size=256)
     take(monkeypatch, saved)
@@ -108,12 +108,21 @@ def test_a_state_is_continued(session: Any, monkeypatch: Any, saved: str, loaded
         target.main_grad.copy_(source.main_grad)
     for one in (optimizer, other):
         one.prepare_grads()
-        update.clip_and_step(one, 1.0)
+        updated(one, torch.ones((), dtype=torch.float64, device="cuda"))
     found = apart(mains_of(other), mains_of(optimizer))
     limit = 0.0 if saved == loaded else 5e-6
     print(f"saved by {saved}, continued by {loaded}: {found:.1e} apart after the next step; limit {limit}")
     assert steps == 2 and found <= limit
     assert optimizer_state.gather_state(other, theirs)[1] == 3
+
+
+def updated(optimizer: Any, square: Any) -> None:
+    """The update with gradients of one token, whose square is that, as `step.train_step` does it."""
+    from megatron_edge.train import update
+
+    zero = torch.zeros_like(square)
+    update.start(optimizer, total=zero, tokens=zero + 1, are_bad=zero, square=square)
+    update.finish(optimizer, float(square) ** 0.5, True)
 
 
 class Update:
@@ -148,9 +157,7 @@ class Update:
             for chunk in self.chunks:
                 chunk.scale_gradients(1.0 / self._tokens.clamp(min=1))  # type: ignore[operator]
         self.optimizer.prepare_grads()
-        square = update.gradient_square(self.optimizer, self._device)
-        divisor = update.undivided_by(self.optimizer, 1.0)
-        update.clip_and_step(self.optimizer, float(square) ** 0.5 / divisor, divisor)
+        updated(self.optimizer, update.gradient_square(self.optimizer, self._device))
 
     def milliseconds(self, times: int = 10) -> float:
         for _ in range(2):
@@ -197,8 +204,9 @@ def test_an_update_waits_for_nothing(session: Any) -> None:
         made.optimizer.zero_grad()
         chunks_of(made.chunks)[0].config.finalize_model_grads_func(list(made.chunks), tokens)
         made.optimizer.prepare_grads()
-        update.gradient_square(made.optimizer, tokens.device)
-        update.clip_and_step(made.optimizer, 1.0, update.undivided_by(made.optimizer, 7.0))
+        square, zero = update.gradient_square(made.optimizer, tokens.device), torch.zeros_like(tokens).double()
+        update.start(made.optimizer, total=zero, tokens=tokens.double(), are_bad=zero, square=square)
+        update.finish(made.optimizer, 1.0, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

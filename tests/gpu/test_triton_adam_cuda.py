@@ -109,13 +109,18 @@ def taken(inner: Any) -> set[float]:
     return {float(state["step"]) for state in inner.optimizer.state.values()}
 
 
+def update(adam: Any) -> None:
+    adam.step(torch.tensor([0.5 / TOKENS, 1.0], device=DEVICE))
+    adam.count(True)
+
+
 def run(inner: Any, params: list[Any], adam: Any, steps: range) -> None:
     for seed in steps:
         inner.zero_grad()
         draw(params, seed)
         inner.prepare_grads()
         adam.gradient_square()
-        adam.step(0.5 / TOKENS)
+        update(adam)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,7 +139,7 @@ def test_a_step_is_torch_s_within_two_roundings(dtype: torch.dtype) -> None:
         theirs, old = copy.deepcopy(inner.optimizer), states_of(inner.optimizer)
         for main, own in zip(mains_of(theirs), mains_of(inner.optimizer), strict=True):
             main.grad = own.grad * torch.tensor(0.5 / TOKENS)  # type: ignore[operator]
-        ours.step(0.5 / TOKENS)
+        update(ours)
         theirs.step()
         gradients = [main.grad for main in mains_of(theirs)]
         for one, other, was, gradient in zip(
@@ -347,7 +352,7 @@ def main() -> None:
         triton_adam.TILE, triton_adam.WARPS = tile, warps
         ours = triton_adam.TritonAdam(inner)
         ours.gradient_square()
-        took = milliseconds(lambda: ours.step(1e-3))  # noqa: B023
+        took = milliseconds(lambda: update(ours))  # noqa: B023
         print(f"Adam, {tile} elements in {warps} warps: {took:.2f} ms, {30 * numel / took / 1e9:.2f} TB/s")
 
 
