@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--backend", choices=("local", "te"), default="local")
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--seq-length-tokens", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
+    parser.add_argument("--steps", type=int, default=8, help="the first three are not timed")
+    parser.add_argument("--one-by-one", action="store_true", help="no CUDA graph, which jobs record where they can")
     parser.add_argument("--weak", action="store_true", help="--global-batch is that of each data-parallel rank")
     parser.add_argument("--layers", type=int, help="instead of the model's own")
     parser.add_argument("--hidden", type=int, help="a narrower model, to try this on a CPU")
@@ -59,10 +60,11 @@ def main() -> None:
     rows = [measure(chosen, layout, store, rank) for layout in chosen.layouts]
     if rank == 0:
         print(f"{chosen.model} {chosen.quant} {chosen.backend}, {world} processes, {chosen.seq_length_tokens} tokens")
-        print(f"{'layout':16}{'tokens/s':>10}{'per rank':>10}{'MFU':>8}{'GiB':>8}{'planned':>8}  losses")
+        print(f"{'layout':20}{'tokens/s':>10}{'per rank':>10}{'MFU':>8}{'GiB':>8}{'planned':>8}  losses")
         for row in rows:
             losses = " ".join(f"{loss:.5f}" for loss in row["losses"][:4])
-            print(f"{row['layout']:16}{row['speed']:10,.0f}{row['speed'] / row['ranks']:10,.0f}{row['mfu']:8.3f}"
+            name = row["layout"] + (", graph" if row["recorded"] else "")
+            print(f"{name:20}{row['speed']:10,.0f}{row['speed'] / row['ranks']:10,.0f}{row['mfu']:8.3f}"
                   f"{row['gib']:8.2f}{row['planned']:8.2f}  {losses}")  # fmt: skip
 
 
@@ -92,12 +94,12 @@ def measure(chosen: argparse.Namespace, layout: str, store: Any, rank: int) -> d
 
 def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, Any]:
     from megatron_edge.jobs import contenders
+    from megatron_edge.jobs.preflight import records_steps
     from megatron_edge.memory import training_plan
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.hf_config import checked_config
     from megatron_edge.quantize import apply, policy
-    from megatron_edge.train import step
-    from megatron_edge.train.data import Batch
+    from megatron_edge.train import graph, step
     from megatron_edge.train.distill import Distillation
 
     raw = dict(DENSE if chosen.model == "dense" else EXPERTS)
@@ -109,20 +111,19 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     model = build_model(hf_config, session.plan, torch.bfloat16, device, chosen.recompute, backend=chosen.backend)
     load_weights(model, _random_weights(device), hf_config, session)
     batch = chosen.global_batch * (session.plan.dp if chosen.weak else 1)
-    config = configured(chosen, layout, batch)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, hf_config["vocab_size"], (batch, length), generator=generator)
-    places = torch.arange(length).expand_as(ids)
-    counted = torch.ones_like(ids, dtype=torch.bool)
-    windows = Batch(ids, torch.zeros_like(ids, dtype=torch.int32), places, counted, ids.roll(-1, 1))
+    config = configured(chosen, layout, batch, session.plan)
+    windows = _random_windows(hf_config["vocab_size"], batch, length)
     mine = windows.split(1)[session.dp_rank :: session.plan.dp]
     plan = policy.make_plan(config.quant, config.kv, hf_config)
     if plan.rules:
         matches = apply.insert_quantizers(model, plan)
         apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, windows.split(1)[:2], session))
+    recorded = not chosen.one_by_one and records_steps(config, hf_config)
+    stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(
-        model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO")
+        model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO"), stream=stream
     )
+    gradients = graph.StepGraph(stream) if stream is not None else step.forward_backward
     step.learning_rate_schedule(optimizer, config.train).step(1)
     objective: step.Objective = step.LABELS
     if chosen.train == "qad":
@@ -135,27 +136,38 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     for _ in range(chosen.steps):
         began = time.perf_counter()
         # ends with a reduction over all ranks
-        losses.append(step.train_step(wrapped, optimizer, mine, session, objective).loss)
+        losses.append(step.train_step(wrapped, optimizer, mine, session, objective, gradients).loss)
         seconds.append(time.perf_counter() - began)
-    speed = batch * length / statistics.median(seconds[2:])
+    speed = batch * length / statistics.median(seconds[3:])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     flop_rate = (contenders.chip() or (math.nan,))[0]
     taught = hf_config if chosen.train == "qad" else None
     planned = max(stage.total_bytes for stage in training_plan(config, hf_config, session.plan, taught))
     return {
         "planned": planned / 2**30,
-        "speed": speed, "losses": losses, "gib": max(session.gather(peak)) / 2**30,
+        "recorded": recorded, "speed": speed, "losses": losses, "gib": max(session.gather(peak)) / 2**30,
         "mfu": speed * contenders.flops_per_token(hf_config, length) / (session.plan.world_size * flop_rate),
     }  # fmt: skip
 
 
-def configured(chosen: argparse.Namespace, layout: str, batch: int) -> Any:
+def _random_windows(vocabulary: int, count: int, length: int) -> Any:
+    from megatron_edge.train.data import Batch
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
+    places = torch.arange(length).expand_as(ids)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(ids, torch.zeros_like(ids, dtype=torch.int32), places, counted, ids.roll(-1, 1))
+
+
+def configured(chosen: argparse.Namespace, layout: str, batch: int, plan: Any) -> Any:
     from megatron_edge.compose import compose
 
     return compose(
         [f"train={chosen.train}", f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0",
          "train.min_learning_rate=1e-6", "train.precision=bf16", f"train.seq_length_tokens={chosen.seq_length_tokens}",
-         f"train.global_batch={batch}", f"parallel.recompute={chosen.recompute}",
+         f"train.global_batch={batch}", f"parallel.recompute={chosen.recompute}", f"model.backend={chosen.backend}",
+         f"parallel.tensor={plan.tp}", f"parallel.pipeline={plan.pp}", f"parallel.context={plan.cp}",
          f"parallel.distributed_optimizer={str(layout.endswith('DO')).lower()}"]
     )  # fmt: skip
 

@@ -148,17 +148,20 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
     import torch
 
     parallel, wanted = config.parallel, config.train.cuda_graph
-    obstacles = [
-        f"parallel.{name}={getattr(parallel, name)} exchanges inside of the step (1 is allowed)"
-        for name in ("tensor", "pipeline", "context")
-        if getattr(parallel, name) > 1
-    ]
+    obstacles = []
+    if parallel.pipeline > 1:
+        obstacles.append(f"parallel.pipeline={parallel.pipeline} exchanges as the host says (1 is allowed)")
     if not torch.cuda.is_available():
         obstacles.append("there is no CUDA device")
     if dims_of(hf_config).num_experts:
         obstacles.append("the inputs of experts change their shapes")
-    if parallel.recompute != "none":
-        obstacles.append(f"parallel.recompute={parallel.recompute} keeps random states on the host (none is allowed)")
+    if config.model.backend == "te":  # whose layers exchange and keep random states by themselves
+        degrees = {name: getattr(parallel, name) for name in ("tensor", "context")} | {"recompute": parallel.recompute}
+        obstacles += [
+            f"parallel.{name}={value} with model.backend=te (local is allowed)"
+            for name, value in degrees.items()
+            if value not in (1, "none")
+        ]
     if wanted and obstacles:
         raise InputError(f"train.cuda_graph=true: {'; '.join(obstacles)}; allowed here: null, false")
     return wanted is not False and not obstacles

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_edge.contracts import disk_error
-from megatron_edge.runtime import main_weights, weight_gradients
+from megatron_edge.runtime import main_weights, random_states, weight_gradients
 
 MEGATRON_VERSIONS = ("0.16.1",)
 MODELOPT_VERSIONS = ("0.47.0",)
@@ -186,7 +186,9 @@ def install() -> None:
     _require("megatron-core", MEGATRON_VERSIONS)
     _require("nvidia-modelopt", MODELOPT_VERSIONS)
     _silence_harmless_warnings()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        random_states.leave_out_of_graphs()
+    else:
         _megatron_on_cpu()
     _write_checkpoints_in_process()
     _full_disks_are_told_to_all_ranks()
@@ -202,7 +204,7 @@ def _megatron_on_cpu() -> None:
     proxy = _TorchOnCpu()
     for name in _MODULES_NAMING_CUDA:
         importlib.import_module("megatron.core." + name).torch = proxy  # type: ignore[attr-defined]
-    _random_states_on_cpu()
+    random_states.keep_on_cpu()
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import optimizer
 
@@ -252,33 +254,6 @@ def _experts_without_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-
-
-def _random_states_on_cpu() -> None:
-    """random.py:235/248/423/447 keep CUDA random states, and `fork` runs even without dropout."""
-    from megatron.core.tensor_parallel import random as upstream
-
-    class CpuRandomStates(upstream.CudaRNGStatesTracker):
-        def add(self, name: str, seed: int) -> None:
-            self._is_initialized = True
-            self.seeds_.add(seed)
-            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
-
-        @contextlib.contextmanager
-        def fork(self, name: str = upstream._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            outside = torch.get_rng_state()
-            torch.set_rng_state(self.states_[name])
-            try:
-                yield
-            finally:
-                self.states_[name] = torch.get_rng_state()
-                torch.set_rng_state(outside)
-
-    upstream._CUDA_RNG_STATE_TRACKER = CpuRandomStates()
-    upstream._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    upstream._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    upstream._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    upstream.initialize_rng_tracker = lambda *args, **kwargs: None
 
 
 def _modelopt_exception_safe() -> None:

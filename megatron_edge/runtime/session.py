@@ -144,14 +144,6 @@ class Session:
         dist.all_gather_object(everyone, mine)
         return everyone
 
-    def agree_any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank. All ranks call it."""
-        if self.plan.world_size == 1:
-            return flag  # without a wait for the device
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
-
 
 @contextlib.contextmanager
 def open_session(

@@ -53,14 +53,14 @@ def fit(
             began = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
             mine = batches.micro_batches(step, session.dp_rank, session.plan.dp)
-            result = train_step(model, optimizer, mine, session, objective, gradients)
+            result = train_step(model, optimizer, mine, session, objective, gradients, lambda: stop.requested)
             schedule.step(1)
             skipped = 0 if result.applied else skipped + 1
             report(_metrics(step + 1, result, learning_rate, time.perf_counter() - began, session))
             if skipped:
                 _tell_skipped(step, result, batches, skipped, train.max_skipped_steps)
             done = step + 1
-            stopping = session.agree_any(stop.requested)
+            stopping = result.stopping or (session.plan.world_size == 1 and stop.requested)
             every = train.checkpoint_every_steps
             if done == train.steps or stopping or (every and done % every == 0):
                 save(done)

@@ -25,13 +25,14 @@ from megatron_edge.train.placement import DeviceBatch, to_device
 class StepResult:
     """loss is what was minimised, the mean over the global batch's counted tokens, in nats; equal on all ranks. `parts`
     are other means of the objective's, by metric. `applied` is False where loss or gradient was not finite: weights and
-    optimizer are as before."""
+    optimizer are as before. `stopping`: a rank was asked to stop."""
 
     loss: float
     gradient_norm: float
     tokens: int
     applied: bool
     parts: dict[str, float] = field(default_factory=dict)
+    stopping: bool = False
 
 
 def make_trainable(
@@ -190,8 +191,10 @@ def train_step(
     session: Session,
     objective: Objective = LABELS,
     gradients: Callable[..., list[dict[str, Tensor]]] = forward_backward,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Forward, backward, reduce, clip and update over this rank's micro-batches. All ranks call it."""
+    """Forward, backward, reduce, clip and update over this rank's micro-batches. All ranks call it; `asked_to_stop` is
+    this rank's answer."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -199,13 +202,14 @@ def train_step(
     optimizer.prepare_grads()
     square = update.gradient_square(optimizer, session.device)
     is_bad = torch.logical_not(square.isfinite())
-    sums = torch.cat([_sums(found, session, objective.parts), is_bad.double()[None]])
+    asked = square.new_full((), float(asked_to_stop()))
+    sums = torch.cat([_sums(found, session, objective.parts), torch.stack([asked, is_bad.double()])])
     dist.all_reduce(sums)
     facts = torch.cat([sums, square[None]])
     # Fetched together, ahead of the update: each time that the host waits for the device, it loses its lead.
     fetched = _fetching(facts)
     update.start(optimizer, total=facts[0], tokens=facts[1], are_bad=facts[-2], square=facts[-1])
-    total, tokens, *others, are_bad, square_of_norm = fetched()
+    total, tokens, *others, asked_by, are_bad, square_of_norm = fetched()
     # Upstream asks for finite gradients only where a loss is scaled, which fp16 needs, and would put what is not finite
     # into the weights.
     norm = math.sqrt(square_of_norm) / update.undivided_by(optimizer, tokens)
@@ -213,7 +217,7 @@ def train_step(
     update.finish(optimizer, norm, applied)
     adapters.merge(model)
     parts = {name: value / max(tokens, 1) for name, value in zip(objective.parts, others, strict=True)}
-    return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts)
+    return StepResult(total / max(tokens, 1), norm, int(tokens), applied, parts, asked_by > 0)
 
 
 def _fetching(x: Tensor) -> Callable[[], list[float]]:

@@ -27,11 +27,11 @@ def session() -> Iterator[Any]:
         yield opened
 
 
-def build(llama: Any, session: Any) -> Any:
+def build(llama: Any, session: Any, recompute: Any = "none") -> Any:
     from megatron_edge.model.build import build_model, load_weights
 
     tensors, config = llama.state_dict(), hf_config_of(llama)
-    model = build_model(config, session.plan, torch.bfloat16, session.device)
+    model = build_model(config, session.plan, torch.bfloat16, session.device, recompute)
 
     def read(name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
         part = tensors[name][rows if rows else slice(None)]
@@ -49,7 +49,9 @@ def one_by_one(model: Any, batches: list[Any], session: Any, objective: Any) -> 
     return step.forward_backward(model, placed, session, objective)
 
 
-def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool) -> dict[str, Any]:
+def run(
+    llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool, recompute: str = "none"
+) -> dict[str, Any]:
     from megatron_edge.compose import compose
     from megatron_edge.model.build import named_shards
     from megatron_edge.quantize import apply, policy
@@ -57,7 +59,7 @@ def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool
     from megatron_edge.train.distill import Distillation
     from megatron_edge.train.graph import StepGraph
 
-    model = build(llama, session)
+    model = build(llama, session, recompute)
     composed = compose([f"quant={quant}", f"kv={kv}", f"train={mode}", "train.distill_hidden_weight=0.5",
                         "train.distill_layers_weight=0.5",
                         "quant.algorithm=max", "train.learning_rate=1e-4"])  # fmt: skip
@@ -85,8 +87,17 @@ def run(llama: Any, session: Any, quant: str, kv: str, mode: str, recorded: bool
 def test_a_recorded_step_is_the_step(session: Any, quant: str, kv: str, mode: str) -> None:
     if quant == "none" and mode == "qad":
         pytest.skip("nothing to distil into")
+    compare(session, quant, kv, mode)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_a_recorded_step_recomputes(session: Any, recompute: str) -> None:
+    compare(session, "int4", "fp8", "qat", recompute)
+
+
+def compare(session: Any, quant: str, kv: str, mode: str, recompute: str = "none") -> None:
     llama = random_llama(hidden_size=128, intermediate_size=256)
-    eager, again, recorded = (run(llama, session, quant, kv, mode, graph) for graph in (False, False, True))
+    eager, again, recorded = (run(llama, session, quant, kv, mode, graph, recompute) for graph in (False, False, True))
 
     def apart(other: dict[str, Any], what: str) -> float:
         return max(abs(a - b) for a, b in zip(eager[what], other[what], strict=True))

@@ -186,9 +186,12 @@ MEASURED = [({"recompute": "full"}, 17.98), ({"train": "qad", "quant": "int4"}, 
 @pytest.mark.parametrize(("told", "measured"), MEASURED)
 def test_peaks_on_gpus_are_planned_within_five_percent(told: dict[str, str], measured: float) -> None:
     chosen = argparse.Namespace(
-        **{"train": "qat", "quant": "none", "recompute": "none", "seq_length_tokens": 2048} | told
+        **{"train": "qat", "quant": "none", "recompute": "none", "backend": "local", "seq_length_tokens": 2048} | told
     )
-    config, sizes = layout_speed.configured(chosen, "", 8), checked_config(layout_speed.DENSE, "the benchmark's model")
+    config, sizes = (
+        layout_speed.configured(chosen, "", 8, ParallelPlan()),
+        checked_config(layout_speed.DENSE, "the benchmark's model"),
+    )
     (planned,) = memory.training_plan(config, sizes, ParallelPlan(), sizes if chosen.train == "qad" else None)
     assert planned.total_bytes / 2**30 == pytest.approx(measured, rel=0.05)
 
