@@ -149,6 +149,8 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
 
     parallel, wanted = config.parallel, config.train.cuda_graph
     obstacles = []
+    if parallel.tensor > 1:
+        obstacles.append(f"parallel.tensor={parallel.tensor} exchanges beside its products (1 is allowed)")
     if parallel.pipeline > 1:
         obstacles.append(f"parallel.pipeline={parallel.pipeline} exchanges as the host says (1 is allowed)")
     if not torch.cuda.is_available():
@@ -156,10 +158,9 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
     if dims_of(hf_config).num_experts:
         obstacles.append("the inputs of experts change their shapes")
     if config.model.backend == "te":  # whose layers exchange and keep random states by themselves
-        degrees = {name: getattr(parallel, name) for name in ("tensor", "context")} | {"recompute": parallel.recompute}
         obstacles += [
             f"parallel.{name}={value} with model.backend=te (local is allowed)"
-            for name, value in degrees.items()
+            for name, value in (("context", parallel.context), ("recompute", parallel.recompute))
             if value not in (1, "none")
         ]
     if wanted and obstacles:
