@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the model's own")
     parser.add_argument("--hidden", type=int, help="a narrower model, to try this on a CPU")
     chosen = parser.parse_args()
+    if chosen.steps < 4:
+        parser.error(f"--steps {chosen.steps}: the first three are not timed; allowed: four or more")
     from torch.distributed import rendezvous
 
     store, rank, world = next(iter(rendezvous("env://")))

@@ -195,6 +195,7 @@ def install() -> None:
     main_weights.copy_in_one_launch()
     weight_gradients.add_in_product()
     _experts_without_transformer_engine()
+    _experts_keep_no_graph()
     _modelopt_exception_safe()
     _modelopt_leaves_experts_alone()
     _modelopt_has_no_extra_state()
@@ -246,6 +247,24 @@ def _experts_on_gloo() -> None:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     mappings._gather_along_first_dim = gather
+
+
+def _experts_keep_no_graph() -> None:
+    """A dispatcher of tokens keeps the router's probabilities (token_dispatcher.py:610), and with them the autograd
+    graph of the last micro-batch, whose nodes hold the model's hooks where Python's garbage collector does not look: a
+    trained model with experts would never be freed."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    upstream = MoELayer.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = upstream(self, *args, **kwargs)
+        kept = self.token_dispatcher.__dict__
+        for name in [name for name, value in kept.items() if torch.is_tensor(value) and value.grad_fn is not None]:
+            kept[name] = None
+        return found
+
+    MoELayer.forward = forward
 
 
 def _experts_without_transformer_engine() -> None:

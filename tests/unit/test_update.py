@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -147,3 +148,14 @@ def test_a_step_leaves_no_cycles(session: Any, recompute: Any) -> None:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_trained_model_is_freed(session: Any, experts: bool) -> None:
+    chunks, optimizer = trainable(session, torch.float32, experts=experts)
+    step.train_step(chunks, optimizer, random_batches(), session)
+    weights = weakref.WeakSet(chunks.parameters())
+    assert weights
+    del chunks, optimizer
+    gc.collect()
+    assert not weights
