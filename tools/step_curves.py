@@ -243,7 +243,8 @@ def draw(runs: list[dict[str, Any]], formats: list[str], path: Path) -> None:
                 curves[kind, seed], color=colours[kind], linewidth=1, linestyle="-" if kind == "ours" else "--",
                 label=kind if first else None,
             )  # fmt: skip
-        for seed in sorted({seed for _, seed in curves}):
+        seeds = sorted({seed for _, seed in curves})
+        for seed in seeds:
             apart = [a - b for a, b in zip(curves["ours", seed], curves["modelopt", seed], strict=True)]
             axes[1][column].plot(apart, linewidth=1, label=f"seed {seed}")
         axes[0][column].set_title(fmt)
@@ -251,8 +252,8 @@ def draw(runs: list[dict[str, Any]], formats: list[str], path: Path) -> None:
         axes[1][column].set_ylabel("ours - modelopt")
         axes[1][column].set_xlabel("step")
         axes[1][column].axhline(0, color=PRINT.line, linewidth=1)
-        for rows in axes:
-            rows[column].legend(frameon=False)
+        axes[0][column].legend(frameon=False)
+        axes[1][column].legend(frameon=False, ncols=-(-len(seeds) // 3), fontsize="small")
     figure.savefig(path)
 
 

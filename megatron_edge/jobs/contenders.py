@@ -256,13 +256,23 @@ def flops_per_token(hf_config: dict[str, Any], length: int) -> float:
     return 6 * used + 6 * dims.num_layers * dims.num_heads * dims.head_dim * length
 
 
+def has_fp8_products(quant: Any) -> bool:
+    return quant.activation == "fp8" and quant.weight in ("fp8", "int4")
+
+
 def moved_bytes(quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: int) -> float:
-    """What fake quantisation must move in a step on one rank, at 2 bytes an element read and 2 written: each weight
-    once, the input of each linear layer (q, k and v, gate and up share one) in each micro-batch."""
-    layers, dims = dims_of(hf_config).num_layers, dims_of(hf_config)
-    weights = 4.0 * memory.count_parameters(hf_config).linears if quant.weight != "none" else 0.0
-    inputs = 2 * dims.hidden_size + dims.num_heads * dims.head_dim + dims.ffn_hidden_size
-    return weights + (4.0 * layers * inputs * tokens * accumulate if quant.activation != "none" else 0.0)
+    """What fake quantisation must move in a step on one rank beside a plain step: 2 bytes read and 2 written for each
+    weight, once, and for attention's result in each micro-batch. The inputs of the other layers are written by a norm
+    or SwiGLU, which writes the rounded value in the place of its own; beside it, for FP8 products, a byte of code."""
+    dims, weights = dims_of(hf_config), 0.0
+    if quant.weight != "none":
+        weights = 4.0 * memory.count_parameters(hf_config).linears
+    if quant.activation == "none":
+        return weights
+    of_token = 4.0 * dims.num_heads * dims.head_dim
+    if has_fp8_products(quant):
+        of_token += 2 * dims.hidden_size + dims.ffn_hidden_size
+    return weights + of_token * dims.num_layers * tokens * accumulate
 
 
 def bound(
@@ -270,9 +280,9 @@ def bound(
 ) -> float:
     """The ratio to a plain step of `plain` seconds, if quantising cost what its bytes take at the memory's whole
     bandwidth, and forward's products of operands that fp8 holds (int4 codes too) took half of their time at the whole
-    FLOP/s."""
+    FLOP/s: a little more is possible where the plain step's take longer than that."""
     flop_rate, byte_rate = figures
     seconds = moved_bytes(quant, hf_config, tokens, accumulate) / byte_rate
-    if quant.activation == "fp8" and quant.weight in ("fp8", "int4"):
+    if has_fp8_products(quant):
         seconds -= memory.count_parameters(hf_config).linears * 2 * tokens * accumulate / flop_rate / 2
     return 1 + seconds / plain
