@@ -359,8 +359,8 @@ def _stage_activations_bytes(
 ) -> int:
     """All that a stage holds at the peak of backward: what it keeps of every micro batch in flight (of one layer, and
     the input of every other, where layers are recomputed), on the last stage the logits, and what the backward of one
-    layer makes meanwhile: gradients of what it kept, and the largest gradient of a weight (made for lookups and
-    adapters alone but with bf16 on a CPU: runtime/weight_gradients.py)."""
+    layer makes meanwhile: gradients of what it kept, and the largest gradient of a weight (where products do
+    not add it to its buffer: runtime/weight_gradients.py)."""
     train, dims = config.train, dims_of(hf_config)
     last, size = stage == layout.pp - 1, ACTIVATION_BYTES[train.precision]
     tokens = train.micro_batch * train.seq_length_tokens // layout.cp

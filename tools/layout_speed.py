@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--seq-length-tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8, help="the first three are not timed")
-    parser.add_argument("--one-by-one", action="store_true", help="no CUDA graph, which jobs record where they can")
+    parser.add_argument("--one-by-one", action="store_true", help="no CUDA graph, also where one can be recorded")
     parser.add_argument("--weak", action="store_true", help="--global-batch is that of each data-parallel rank")
     parser.add_argument("--layers", type=int, help="instead of the model's own")
     parser.add_argument("--hidden", type=int, help="a narrower model, to try this on a CPU")
@@ -120,7 +120,7 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     if plan.rules:
         matches = apply.insert_quantizers(model, plan)
         apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, windows.split(1)[:2], session))
-    recorded = not chosen.one_by_one and records_steps(config, hf_config)
+    recorded = records_steps(config, hf_config)
     stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(
         model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO"), stream=stream
@@ -165,10 +165,13 @@ def _random_windows(vocabulary: int, count: int, length: int) -> Any:
 def configured(chosen: argparse.Namespace, layout: str, batch: int, plan: Any) -> Any:
     from megatron_edge.compose import compose
 
+    asked_for = plan.cp > 1 and plan.tp == plan.pp == 1 and torch.cuda.is_available()  # jobs record that if told to
+    graph = "false" if chosen.one_by_one else "true" if asked_for else "null"
     return compose(
-        [f"train={chosen.train}", f"quant={chosen.quant}", "train.learning_rate=1e-5", "train.warmup_steps=0",
-         "train.min_learning_rate=1e-6", "train.precision=bf16", f"train.seq_length_tokens={chosen.seq_length_tokens}",
-         f"train.global_batch={batch}", f"parallel.recompute={chosen.recompute}", f"model.backend={chosen.backend}",
+        [f"train={chosen.train}", f"train.cuda_graph={graph}", f"quant={chosen.quant}", "train.learning_rate=1e-5",
+         "train.warmup_steps=0", "train.min_learning_rate=1e-6", "train.precision=bf16",
+         f"train.seq_length_tokens={chosen.seq_length_tokens}", f"train.global_batch={batch}",
+         f"parallel.recompute={chosen.recompute}", f"model.backend={chosen.backend}",
          f"parallel.tensor={plan.tp}", f"parallel.pipeline={plan.pp}", f"parallel.context={plan.cp}",
          f"parallel.distributed_optimizer={str(layout.endswith('DO')).lower()}"]
     )  # fmt: skip

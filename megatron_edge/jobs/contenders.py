@@ -262,16 +262,15 @@ def has_fp8_products(quant: Any) -> bool:
 
 def moved_bytes(quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: int) -> float:
     """What fake quantisation must move in a step on one rank beside a plain step: 2 bytes read and 2 written for each
-    weight, once, and for attention's result in each micro-batch. The inputs of the other layers are written by a norm
-    or SwiGLU, which writes the rounded value in the place of its own; beside it, for FP8 products, a byte of code."""
+    weight, once, and for attention's result in each micro-batch (for FP8 products 1 written). A norm or SwiGLU before
+    other layers can write the rounded value in the place of its own; beside it, for FP8 products, a byte of code."""
     dims, weights = dims_of(hf_config), 0.0
     if quant.weight != "none":
         weights = 4.0 * memory.count_parameters(hf_config).linears
     if quant.activation == "none":
         return weights
-    of_token = 4.0 * dims.num_heads * dims.head_dim
-    if has_fp8_products(quant):
-        of_token += 2 * dims.hidden_size + dims.ffn_hidden_size
+    of_attention, others = dims.num_heads * dims.head_dim, 2 * dims.hidden_size + dims.ffn_hidden_size
+    of_token = 3 * of_attention + others if has_fp8_products(quant) else 4 * of_attention
     return weights + of_token * dims.num_layers * tokens * accumulate
 
 

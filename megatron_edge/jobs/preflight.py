@@ -141,6 +141,7 @@ def check_backend(config: RunConfig) -> None:
 
 def records_steps(config: RunConfig, hf_config: dict) -> bool:
     """Whether forward and backward become a CUDA graph (train/graph.py): as train.cuda_graph says, or where it can be.
+    With context parallelism, whose exchanges are then in the graph, only where train.cuda_graph=true.
 
     Raises:
         InputError: train.cuda_graph=true where it cannot be.
@@ -150,7 +151,7 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
     parallel, wanted = config.parallel, config.train.cuda_graph
     obstacles = []
     if parallel.tensor > 1:
-        obstacles.append(f"parallel.tensor={parallel.tensor} exchanges beside its products (1 is allowed)")
+        obstacles.append(f"parallel.tensor={parallel.tensor} hung when it was recorded (1 is allowed)")
     if parallel.pipeline > 1:
         obstacles.append(f"parallel.pipeline={parallel.pipeline} exchanges as the host says (1 is allowed)")
     if not torch.cuda.is_available():
@@ -165,7 +166,7 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
         ]
     if wanted and obstacles:
         raise InputError(f"train.cuda_graph=true: {'; '.join(obstacles)}; allowed here: null, false")
-    return wanted is not False and not obstacles
+    return not obstacles and (parallel.context == 1 if wanted is None else wanted)
 
 
 def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:

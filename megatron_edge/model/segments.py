@@ -11,6 +11,7 @@ and keys at their ends). Called by model/layers.py and train/placement.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,14 @@ LARGEST_HEAD = 256  # of flash attention; and a multiple of 8
 def takes(query: Tensor) -> bool:
     """Whether flash attention takes such heads here."""
     size = query.shape[-1]
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size <= LARGEST_HEAD and size % 8 == 0
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return size <= LARGEST_HEAD and size % 8 == 0 and _has_flash_attention(query.device)
+
+
+@functools.cache
+def _has_flash_attention(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections import Counter
 from importlib.util import find_spec
 from typing import Any
@@ -77,7 +78,8 @@ def _write_operands(module: nn.Module) -> int:
     for owner, name, linear in read_by_one(module):
         plain, ours = (fused.rms_norm, _rms_norm) if isinstance(owner, RMSNorm) else (fused.swiglu, _swiglu)
         used = linear.__dict__.get("_fp8_product", False)
-        setattr(owner, name, functools.partial(ours, owner, linear) if used else plain)
+        # A proxy: what keeps its owner is freed with it by garbage collection alone.
+        setattr(owner, name, functools.partial(ours, weakref.proxy(owner), linear) if used else plain)
         count += used
     return count
 

@@ -2,7 +2,7 @@
 its thousands of kernels, not by running them.
 
 In: this rank's micro-batches; out: what `step.forward_backward` gives, the same arithmetic. The sums over replicas and
-the optimizer stay outside, as they ask the device for numbers. Called by train/loop.py, made by jobs.
+the optimizer stay outside. Called by train/loop.py, made by jobs.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def draw(
     times its gradient is added to each student's when backward gets there.
 
     `scale` is what Megatron does to the main loss before backward (config.grad_scale_func). Sums over tokens are not
-    divided here: finalize_model_grads divides all gradients of a step by its tokens."""
+    divided here: the update divides all gradients of a step by its tokens."""
     total = torch.zeros((), dtype=torch.float32, device=counted.device)
     with torch.no_grad():
         for student, teacher in zip(students, teachers, strict=True):

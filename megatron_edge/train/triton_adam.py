@@ -132,13 +132,12 @@ class TritonAdam:
     """The update of one of Megatron's optimizers, ordinary or distributed, whose `optimizer` is torch's fused AdamW.
     What the model computes with in bf16 is written with the main weights."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, device: torch.device) -> None:
         adam = inner.optimizer
         assert isinstance(adam, torch.optim.AdamW), type(adam)
         assert not any(group["amsgrad"] or group["maximize"] for group in adam.param_groups)
         self._inner = weakref.proxy(inner)  # which holds this: tensors in a cycle wait for Python's garbage collector
-        self._adam, self._is_ready = adam, False
-        self._device = next(param.device for group in adam.param_groups for param in group["params"])
+        self._adam, self._device, self._is_ready = adam, device, False
         self._tables: list[_Table | None] = [None] * len(adam.param_groups)
 
     @torch.no_grad()
@@ -173,7 +172,7 @@ class TritonAdam:
             addresses = [each.data_ptr() for each in tensors]
             addresses += [0 if each is None else each.data_ptr() for each in weights]
             old = self._tables[at]
-            if old is not None and old.addresses == addresses and all(map(_is, old.steps, steps)):
+            if old is not None and old.addresses == addresses and _are(old.steps, steps):
                 continue
             _check(params, tensors, weights, steps)
             counted = {id(gradient) for gradient in self._inner.get_main_grads_for_grad_norm()}
@@ -211,8 +210,8 @@ class TritonAdam:
                 table.taken += 1
 
 
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
+def _are(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(one is other for one, other in zip(tensors, others, strict=True))
 
 
 def _check(params: list[Tensor], tensors: list[Tensor], weights: list[Tensor | None], steps: list[Tensor]) -> None:

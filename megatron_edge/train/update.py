@@ -9,6 +9,7 @@ Triton, or with the Adam of TransformerEngine or apex: 8 to divide its gradient,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from megatron_edge.model.fused import runs_triton
 from megatron_edge.runtime.optimizer_state import inner_optimizers, is_torch_adam
+
+log = logging.getLogger("megatron_edge")
 
 FUSED_ON = ("cuda",)  # devices
 ONE_PASS_ON = ("cuda",)  # devices whose gradients are divided by Adam, in triton_adam.py
@@ -38,14 +41,17 @@ def fuse(optimizer: Any, device: torch.device) -> Callable[..., None]:
             for group in inner.optimizer.param_groups:
                 group["fused"] = any(param.device.type in FUSED_ON for param in group["params"])
     optimizer.in_one_pass = None
-    if not USING_PYTORCH_OPTIMIZER or device.type not in ONE_PASS_ON:
+    if device.type not in ONE_PASS_ON:
         return finalize
-    if device.type == "cuda" and not runs_triton(device, "Adam"):
+    if not USING_PYTORCH_OPTIMIZER:
+        log.info("Adam is TransformerEngine's or apex's, which Megatron takes where it finds one")
+        return finalize
+    if device.type == "cuda" and not runs_triton(device, "Adam"):  # Triton's interpreter, in tests, runs on CPUs
         return finalize
     from megatron_edge.train.triton_adam import TritonAdam
 
     inners = inner_optimizers(optimizer)
-    optimizer.in_one_pass = [None if inner.is_stub_optimizer else TritonAdam(inner) for inner in inners]
+    optimizer.in_one_pass = [None if inner.is_stub_optimizer else TritonAdam(inner, device) for inner in inners]
     return sum_gradients
 
 

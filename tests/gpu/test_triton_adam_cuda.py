@@ -130,7 +130,7 @@ def test_a_step_is_torch_s_within_roundings(dtype: torch.dtype) -> None:
     from megatron_edge.train.triton_adam import TritonAdam
 
     inner, params = megatron_optimizer(dtype)
-    ours, worst = TritonAdam(inner), torch.zeros(3)
+    ours, worst = TritonAdam(inner, torch.device(DEVICE)), torch.zeros(3)
     for seed in range(5):
         inner.zero_grad()
         draw(params, seed)
@@ -162,7 +162,7 @@ def test_five_steps_are_as_near_to_fp64_as_torch_s(dtype: torch.dtype) -> None:
 
     inner, params = megatron_optimizer(dtype)
     plain = PlainAdam(inner, SimpleNamespace(adam_beta1=BETAS[0], adam_beta2=BETAS[1]))
-    ours, theirs = TritonAdam(inner), copy.deepcopy(inner.optimizer)
+    ours, theirs = TritonAdam(inner, torch.device(DEVICE)), copy.deepcopy(inner.optimizer)
     for seed in range(5):
         run(inner, params, ours, range(seed, seed + 1))
         plain.step(0.5 / TOKENS)
@@ -180,7 +180,7 @@ def test_the_same_bits_every_time_and_after_a_load() -> None:
     found = []
     for interrupted in (False, False, True):
         inner, params = megatron_optimizer(torch.bfloat16)
-        ours = TritonAdam(inner)
+        ours = TritonAdam(inner, torch.device(DEVICE))
         run(inner, params, ours, range(2))
         if interrupted:  # other tensors, in other places; twice, so that old places may be taken again
             for _ in range(2):
@@ -198,7 +198,7 @@ def test_a_count_of_steps_that_was_set_is_believed() -> None:
     from megatron_edge.train.triton_adam import TritonAdam
 
     inner, params = megatron_optimizer(torch.float32)
-    ours = TritonAdam(inner)
+    ours = TritonAdam(inner, torch.device(DEVICE))
     run(inner, params, ours, range(1))
     for main in mains_of(inner.optimizer):
         inner.optimizer.state[main]["step"] = torch.full((), 10.0, device=DEVICE)
@@ -281,23 +281,36 @@ def test_a_checkpoint_is_continued_bit_for_bit(
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(session: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("wrong", ["gradient", "loss"])
+def test_what_is_not_finite_changes_nothing(session: Any, monkeypatch: Any, wrong: str) -> None:
+    """Nor does it count: what follows is the first step."""
     from megatron_edge.compose import compose
+    from megatron_edge.runtime import optimizer_state
     from megatron_edge.train import step, update
 
     monkeypatch.setattr(update, "ONE_PASS_ON", (DEVICE,))
-    model = megatron_twin(tiny_llama(), session)
-    chunks, optimizer = step.make_trainable(model, compose([]).train, torch.float32)
+    model, train = megatron_twin(tiny_llama(), session), compose([]).train
+    chunks, optimizer = step.make_trainable(model, train, torch.float32)
+    step.learning_rate_schedule(optimizer, train).step(1)
     before = [param.detach().clone() for param in chunks.parameters()]
+    plain = PlainAdam(optimizer, train)
 
     def bad(*inputs: Any) -> Any:
         found = step.forward_backward(*inputs)
-        next(chunks.parameters()).main_grad[0, 0] = torch.inf  # type: ignore[attr-defined]
+        if wrong == "loss":
+            found[0]["total"] = found[0]["total"] * torch.nan
+        else:
+            next(chunks.parameters()).main_grad[0, 0] = torch.inf  # type: ignore[attr-defined]
         return found
 
     assert not step.train_step(chunks, optimizer, random_batches(), session, gradients=bad).applied
     assert all(torch.equal(a, b) for a, b in zip(before, chunks.parameters(), strict=True))
-    assert step.train_step(chunks, optimizer, random_batches(), session).applied
+    (inner,) = optimizer_state.inner_optimizers(optimizer)
+    assert taken(inner) == {0.0}
+    assert not any(moment.any() for states in states_of(inner.optimizer) for moment in states[1:])
+    result = step.train_step(chunks, optimizer, random_batches(), session)
+    plain.step(divided_by(optimizer, result, train))
+    assert result.applied and taken(inner) == {1.0} and plain.apart() < 1e-6
 
 
 def test_the_norm_is_that_of_what_megatron_counts() -> None:
@@ -305,7 +318,7 @@ def test_the_norm_is_that_of_what_megatron_counts() -> None:
 
     inner, params = megatron_optimizer(torch.bfloat16, (*SHAPES, (5, 8192), (20001,)))
     params[2].shared = inner.optimizer.param_groups[0]["params"][1].shared = True  # counted elsewhere
-    ours = TritonAdam(inner)
+    ours = TritonAdam(inner, torch.device(DEVICE))
     for seed in range(2):
         inner.zero_grad()
         draw(params, seed)
@@ -346,11 +359,11 @@ def main() -> None:
     print(f"{numel / 1e6:.0f} M parameters, torch's norm: {took:.2f} ms, {4 * numel / took / 1e9:.2f} TB/s")
     for tile, warps in ((8192, 8), (4096, 4), (4096, 8), (16384, 8), (16384, 16)):
         triton_adam.SQUARE_TILE, triton_adam.SQUARE_WARPS = tile, warps
-        took = milliseconds(triton_adam.TritonAdam(inner).gradient_square)
+        took = milliseconds(triton_adam.TritonAdam(inner, torch.device(DEVICE)).gradient_square)
         print(f"norm, {tile} elements in {warps} warps: {took:.2f} ms, {4 * numel / took / 1e9:.2f} TB/s")
     for tile, warps in ((1024, 4), (2048, 8), (2048, 4), (512, 4), (1024, 8), (4096, 8)):
         triton_adam.TILE, triton_adam.WARPS = tile, warps
-        ours = triton_adam.TritonAdam(inner)
+        ours = triton_adam.TritonAdam(inner, torch.device(DEVICE))
         ours.gradient_square()
         took = milliseconds(lambda: update(ours))  # noqa: B023
         print(f"Adam, {tile} elements in {warps} warps: {took:.2f} ms, {30 * numel / took / 1e9:.2f} TB/s")

@@ -48,7 +48,7 @@ def test_flops_and_bytes_by_hand() -> None:
     fp8, int4, nvfp4 = (contenders.quant_of(config, name) for name in ("fp8", "int4", "nvfp4"))
     assert contenders.moved_bytes(nvfp4, hf_config, tokens, 8) == 4 * linears + 8 * layers * 4 * heads * tokens
     assert contenders.moved_bytes(int4, hf_config, tokens, 8) == 4 * linears
-    moved = 4 * linears + 8 * layers * (4 * heads + 2 * hidden + ffn) * tokens
+    moved = 4 * linears + 8 * layers * (3 * heads + 2 * hidden + ffn) * tokens
     assert contenders.moved_bytes(fp8, hf_config, tokens, 8) == moved
     assert contenders.bound(int4, hf_config, tokens, 8, (1e15, 1e12), 0.5) == 1 + 4 * linears / 1e12 / 0.5
     faster = 8 * 2 * linears * tokens / 2e15

@@ -354,3 +354,4 @@ def test_a_cuda_graph_is_refused_where_a_step_cannot_be_recorded() -> None:
             records_steps(compose.compose(["train.cuda_graph=true", *settings]), model)
         assert not records_steps(compose.compose(settings), model)
     assert not records_steps(compose.compose(["train.cuda_graph=false"]), model)
+    assert not records_steps(compose.compose(["parallel.context=2"]), model)

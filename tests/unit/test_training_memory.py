@@ -190,7 +190,7 @@ MEASURED: list[tuple[dict[str, str], float]] = [
 @pytest.mark.parametrize(("told", "measured"), MEASURED)
 def test_peaks_on_gpus_are_planned_within_five_percent(told: dict[str, str], measured: float) -> None:
     as_it_is = {"train": "qat", "quant": "none", "recompute": "none", "backend": "local", "seq_length_tokens": 2048}
-    chosen = argparse.Namespace(**as_it_is | told)
+    chosen = argparse.Namespace(**as_it_is | told, one_by_one=False)
     layout = told.get("layout", "")
     plan = layout_speed.layout_plan(layout) if layout else ParallelPlan()
     config = layout_speed.configured(chosen, layout, 8, plan)

@@ -20,7 +20,7 @@ from megatron_edge.compose import compose
 from megatron_edge.model.build import chunks_of, forward, named_shards
 from megatron_edge.quantize import adapters, apply, fp8_gemm, plain_modelopt
 from megatron_edge.runtime import compat, weight_gradients
-from megatron_edge.train import step
+from megatron_edge.train import placement, step
 
 TRAIN = compose(["train.learning_rate=0.01", "train.steps=8"]).train
 TOLERANCE = 1e-6  # relative, in the norm: fp32 sums in another order were 2e-7 at most
@@ -58,7 +58,7 @@ def buffers(wrapped: nn.ModuleList, session: Any) -> dict[str, Tensor]:
     """What two micro-batches leave in the fp32 buffers."""
     with apply.constant_weights(wrapped):
         for batch in random_batches(MICRO_BATCHES):
-            on_device = step.to_device(batch, session)
+            on_device = placement.to_device(batch, session)
             forward(wrapped[0], on_device, labels=on_device.labels).sum().backward()
     return {name: param.main_grad.clone() for name, param in named_shards(wrapped).items() if param.requires_grad}
 
