@@ -308,28 +308,35 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     others keep no mask, and with flash attention no key and value for each head, but under context parallelism half of
     a part's more of them, for the first of its two pieces (model/segments.py).
 
-    After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), counted again for RMSNorm, RoPE, grouped queries,
-    fused attention, SwiGLU and experts, without dropout.
-    """
+    After Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), for our layers and without dropout."""
     size, sequence = ACTIVATION_BYTES[config.train.precision], layout.tp if layout.sequence_parallel else 1
-    norms = 2 * _norm_bytes(dims, size) // sequence
-    heads, kv_heads = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    if config.parallel.recompute == "selective":  # query, key, what value is a view of (all three), and the result
-        attention, mask = size * 3 * (heads + kv_heads), 0
-    else:  # query and result; key and value (of all context ranks) for each head; log of the sums
-        both = max(2 * layout.cp * heads, (2 * layout.cp + 1) * kv_heads if layout.cp > 1 else 0)
-        attention = size * (2 * heads + both) + 4 * dims.num_heads
-        mask = size * config.train.seq_length_tokens  # in the activations' dtype
+    norms, recompute = 2 * _norm_bytes(dims, size) // sequence, config.parallel.recompute
+    attention = _attention_bytes(recompute, dims, layout, size)
+    mask = 0 if recompute == "selective" else size * config.train.seq_length_tokens
     kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of an input that a linear layer rounds
     if config.model.backend == "apex":  # whose norms write no rounded value (quantize/fp8_inputs.py)
         norms -= 2 * (size - kept) * dims.hidden_size // sequence
     if any(part.activation != "none" for _, part in parts_of(config.quant)):
-        attention += kept * heads  # the projection keeps its rounded input beside the result
-    # gate and up, and what SwiGLU makes of them
+        attention += kept * dims.num_heads * dims.head_dim  # the projection keeps its rounded input beside the result
+    # gate and up, and what SwiGLU makes of them; an expert's input and its output before the router's weight
     mlp = size * 3 * (dims.ffn_hidden_size + dims.experts_per_token * dims.expert_ffn_size)
-    # an expert's input and its output before the router's weight
     routed = size * 2 * dims.experts_per_token * dims.hidden_size * layout.etp
     return norms + mask + _router_bytes(dims, size) // sequence + (attention + mlp + routed) // layout.tp
+
+
+def _attention_bytes(recompute: str, dims: ModelDims, layout: ParallelPlan, size: int) -> int:
+    """Of one token, over all tensor ranks: what attention and the norms of queries and keys keep."""
+    heads, kv_heads = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    projection, has_groups = heads + 2 * kv_heads, kv_heads < heads
+    keeps_projection = recompute == "selective" or not (has_groups or layout.cp > 1)  # value is a view of it
+    kept = heads + kv_heads + projection + heads  # query, key, what value is a view of, and the result
+    if not keeps_projection:  # query and result; key and value (of all context ranks) for each head
+        kept = 2 * heads + max(2 * layout.cp * heads, (2 * layout.cp + 1) * kv_heads if layout.cp > 1 else 0)
+    others = 0 if recompute == "selective" else 4 * dims.num_heads  # logs of the sums
+    if dims.qk_norm:  # and 1 / rms; queries of several groups are copied
+        others += 4 * (dims.num_heads + dims.num_kv_heads)
+        kept += projection * (not keeps_projection) + heads * (has_groups and dims.num_kv_heads > layout.tp)
+    return size * kept + others
 
 
 def _router_bytes(dims: ModelDims, size: int) -> int:

@@ -74,6 +74,7 @@ def dims_of(hf_config: Mapping[str, Any]) -> ModelDims:
         num_experts=experts,
         expert_ffn_size=hf_config[family.expert_ffn] if family.expert_ffn else 0,
         experts_per_token=hf_config["num_experts_per_tok"] if experts else 0,
+        qk_norm=family.qk_norm,
     )
 
 

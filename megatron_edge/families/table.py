@@ -58,6 +58,7 @@ class ModelDims:
     num_experts: int = 0
     expert_ffn_size: int = 0
     experts_per_token: int = 0
+    qk_norm: bool = False
 
     def size(self, name: str) -> int:
         """The size that a ParamRule's `shape` names."""

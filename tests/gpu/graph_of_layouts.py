@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from test_graph_cuda import compare
@@ -33,7 +34,11 @@ def main(layouts: list[str]) -> None:
         with open_session(layout_plan(layout), **place, timeout_seconds=100, seed=1) as session:
             for quant, kv, mode, recompute in CASES:
                 print(f"{layout}, rank {rank}: {quant} {kv} {mode}, recompute={recompute}", flush=True)
-                compare(session, quant, kv, mode, recompute)
+                try:
+                    compare(session, quant, kv, mode, recompute)
+                except BaseException:  # to close the session would be to wait for the other rank
+                    traceback.print_exc()
+                    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
 EXPERTS = DENSE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN3 = DENSE | {"architectures": ["Qwen3ForCausalLM"]}
+MODELS = {
+    "dense": DENSE, "experts": EXPERTS, "heads for each": DENSE | {"num_key_value_heads": 4}, "norms": QWEN3,
+    "norms, one group": QWEN3 | {"num_key_value_heads": 1}, "norms, heads for each": QWEN3 | {"num_key_value_heads": 4},
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -94,7 +99,7 @@ def kept_by_autograd(model: Any, batch: Batch, session: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("raw", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("raw", MODELS.values(), ids=MODELS)
 def test_a_layers_activations_are_what_autograd_keeps(
     raw: dict[str, Any], precision: str, recompute: str, session: Any
 ) -> None:
