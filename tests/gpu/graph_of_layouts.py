@@ -36,7 +36,7 @@ def main(layouts: list[str]) -> None:
                 print(f"{layout}, rank {rank}: {quant} {kv} {mode}, recompute={recompute}", flush=True)
                 try:
                     compare(session, quant, kv, mode, recompute)
-                except BaseException:  # to close the session would be to wait for the other rank
+                except BaseException:  # noqa: BLE001 - to close the session would be to wait for the other rank
                     traceback.print_exc()
                     os._exit(1)
 
