@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,23 @@ def test_attention_within_segments() -> None:
         assert found.equal(again)
 
 
+def takes_others(once: Callable[[Tensor], list[Tensor]], given: Tensor, other: Tensor) -> None:
+    """A graph of once(given), replayed with other segments in their place, gives once(other)."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        once(given)
+        once(given)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = once(given)
+    given.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, expected in zip(recorded, once(other), strict=True):
+        assert found.equal(expected)
+
+
 def test_a_graph_takes_other_segments() -> None:
     torch.manual_seed(1)
     query, key, value = (torch.randn(TOKENS, WINDOWS, n, SIZE).bfloat16().cuda() for n in (HEADS, KV_HEADS, KV_HEADS))
@@ -81,20 +99,7 @@ def test_a_graph_takes_other_segments() -> None:
         out = segments.attention(*leaves, starts, 0.125)
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        once(given)
-        once(given)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            recorded = once(given)
-    _, starts = packed(16)
-    given.copy_(starts)
-    graph.replay()
-    torch.cuda.synchronize()
-    for found, expected in zip(recorded, once(starts), strict=True):
-        assert found.equal(expected)
+    takes_others(once, given, packed(16)[1])
 
 
 def of_all_parts(size: int, dtype: torch.dtype, mask: Tensor, starts: Tensor | None) -> list[Tensor]:
@@ -169,16 +174,4 @@ def test_a_graph_takes_other_segments_of_a_part(size: int) -> None:
         out = segments.attention(leaves[0], *segments.keys_of_part(leaves[1], rank, size), starts, 0.125)
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        once(given)
-        once(given)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            recorded = once(given)
-    given.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    for found, expected in zip(recorded, once(other), strict=True):
-        assert found.equal(expected)
+    takes_others(once, given, other)
