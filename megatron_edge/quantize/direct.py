@@ -50,8 +50,10 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
     kinds: list[tuple[type, Callable[..., Any]]] = [(layer, _megatron_class) for layer in linear_classes()]
-    kinds += [(layer, _transformer_engine_class) for layer in transformer_engine_classes()]
-    for layer, made in kinds:
+    of_te = transformer_engine_classes()
+    if of_te:  # modelopt takes the first class with a layer's forward, which its base has too; of that we build none
+        QuantModuleRegistry.unregister(of_te[0].__base__)
+    for layer, made in [*kinds, *((layer, _transformer_engine_class) for layer in of_te)]:
         base = QuantModuleRegistry[layer].__mro__[1]  # what is registered; the first of them is made of it and `layer`
         _classes[layer] = (made(base, backend, quantised), base)
         _put(layer, _classes[layer][0])
