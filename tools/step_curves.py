@@ -1,12 +1,18 @@
 """Losses of QAT steps with our quantizers and with modelopt's own: same model, data, order, optimizer; several seeds.
 
 python tools/step_curves.py --out DIR --model-source DIR_OR_GGUF [--formats int4 fp8] [--seeds 1 2 3] [--steps 200]
-    [--parallel 6] [-- OVERRIDES OF launch/qat.py ...]
+    [--scales snapped] [--parallel 6] [-- OVERRIDES OF launch/qat.py ...]
 
-A seed sets the order of the windows. Each run is a process (--parallel 0: all in this one), so that a GPU that one of
-them leaves waiting for the next kernel serves the others. Out: DIR/step_curves.json with every loss, step_curves.png,
-and the verdict: the means over seeds of the final loss (training, last tenth of the steps; held-out, at the end) are
-apart by no more than twice the standard deviation of modelopt's own. Exit 0 where that holds for every format.
+A seed sets the order of the windows (and those that calibrate inputs): of int4 every seed starts from the same weights,
+and what is apart at the start is so in all seeds. With modelopt's `own` maxima it is: one in 300 of SmolLM2's weights
+lies exactly between two levels, and the last bits of its scale decide which one it takes. `snapped` gives modelopt's
+quantizers our maxima: then what is apart comes from training.
+
+Each run is a process (--parallel 0: all in this one), so that a GPU that one of them leaves waiting for the next kernel
+serves the others. Out: DIR/step_curves.json with every loss, step_curves.png, how far apart the held-out losses are
+before the first step, and the verdict: the means over seeds of the final loss (training, last tenth of the steps;
+held-out, at the end) are apart by no more than twice the standard deviation of modelopt's own. Exit 0 where that holds
+for every format.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 KINDS = ("ours", "modelopt")
+SCALES = ("snapped", "own")  # modelopt's: moved as artifact/formats.snap_amax moves ours, or as it calibrates them
 FORMATS = ("int4", "fp8", "nvfp4")  # those that modelopt calibrates by maxima alone, as we do here
 BATCH, TOKENS = 16, 128
 FORWARD_WINDOWS = 4  # of a micro-batch without gradient
@@ -41,8 +48,8 @@ def main(arguments: list[str]) -> int:
         (args.out / f"{fmt}_{kind}_{seed}.json").write_text(json.dumps(train(args, fmt, kind, int(seed))))
         return 0
     if args.redraw:
-        report = json.loads((args.out / "step_curves.json").read_text())
-        return tell(report["verdicts"], report["runs"], args.out)
+        found = json.loads((args.out / "step_curves.json").read_text())["runs"]
+        return tell(verdicts_of(found), found, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = [(fmt, kind, seed) for fmt in args.formats for seed in args.seeds for kind in reversed(KINDS)]
     began = time.perf_counter()
@@ -52,7 +59,7 @@ def main(arguments: list[str]) -> int:
     else:
         with ThreadPoolExecutor(args.parallel) as pool:
             found = list(pool.map(lambda run: in_a_process(args, arguments, *run), runs))
-    verdicts = [verdict([one for one in found if one["format"] == fmt]) for fmt in args.formats]
+    verdicts = verdicts_of(found)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     report = {"arguments": arguments, "device": device, "verdicts": verdicts, "runs": found}
     (args.out / "step_curves.json").write_text(json.dumps(report, indent=1))
@@ -82,6 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["int4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--scales", choices=SCALES, default=SCALES[0], help="those of modelopt's quantizers")
     parser.add_argument("--parallel", type=int, default=6, help="processes at a time; 0: one run after another, here")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # format,kind,seed: what a process of its own does
     args = parser.parse_args(own)
@@ -155,7 +163,9 @@ def train(args: argparse.Namespace, fmt: str, kind: str, seed: int) -> dict[str,
         load_weights(model, source.read, source.hf_config, session)
         calibration = data.train.calibration(min(config.quant.calib_size, len(data.train)))
         batches = calibration.split(FORWARD_WINDOWS)
-        quantise(config, fmt, kind, model, source.hf_config, lambda _: step.run_forward(model, batches, session))
+        quantise(
+            config, fmt, kind, model, source.hf_config, lambda _: step.run_forward(model, batches, session), args.scales
+        )
         # modelopt's kernels are launched one by one, as its users do; ours are recorded, as our jobs do.
         stream = torch.cuda.Stream() if kind == "ours" and torch.cuda.is_available() else None
         wrapped, optimizer = step.make_trainable(model, config.train, dtype, stream=stream)
@@ -171,11 +181,11 @@ def train(args: argparse.Namespace, fmt: str, kind: str, seed: int) -> dict[str,
         after = step.evaluate(wrapped, heldout, session)
     return {
         "format": fmt, "kind": kind, "seed": seed, "losses": losses, "heldout_before": before, "heldout": after,
-        "precision": config.train.precision, "seconds": time.perf_counter() - began,
+        "scales": args.scales, "precision": config.train.precision, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_data: Any) -> None:
+def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_data: Any, scales: str) -> None:
     """The decoder's linear layers, both kinds with the same groups: of int4, the largest up to 128 that fits all."""
     from megatron_edge import memory
     from megatron_edge.jobs.contenders import quant_of
@@ -189,6 +199,8 @@ def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_d
     if kind == "modelopt":
         plain_modelopt.load_kernels(fmt)
         plain_modelopt.quantize(model, fmt, run_data, group_size)
+        if scales == "snapped":
+            snap(model, quant)
         return
     plan = policy.make_plan(quant, config.kv, hf_config)
     apply.calibrate(model, plan, apply.insert_quantizers(model, plan), run_data)
@@ -196,14 +208,36 @@ def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_d
         fp8_gemm.use(model)
 
 
+def snap(model: Any, quant: Any) -> None:
+    """Moves the maxima of modelopt's quantizers, which are of the weights' dtype, to ours in fp32. In place."""
+    from megatron_edge.artifact import formats
+    from megatron_edge.quantize import apply
+
+    for name, quantizer in apply.enabled_quantizers(model).items():
+        amax = quantizer._amax.detach().float()
+        if name.endswith(".weight_quantizer"):
+            amax = formats.snap_amax(quant.weight, amax)
+        else:
+            amax = formats.snap_tensor_amax(quant.activation, amax)
+        delattr(quantizer, "_amax")  # set in place it would be rounded to that dtype
+        quantizer.register_buffer("_amax", amax)
+
+
 def final_loss(losses: list[float]) -> float:
     return statistics.fmean(losses[-max(1, len(losses) // 10) :])
 
 
+def verdicts_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    formats = dict.fromkeys(run["format"] for run in runs)
+    return [verdict([run for run in runs if run["format"] == fmt]) for fmt in formats]
+
+
 def verdict(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one format's runs. `apart` is ours minus modelopt's mean over seeds, `sigma` modelopt's over seeds, `paired`
-    the standard deviation of the difference within a seed."""
-    found: dict[str, Any] = {"format": runs[0]["format"], "holds": True}
+    the standard deviation of the difference within a seed; `start` the held-out loss before the first step."""
+    start = {kind: statistics.fmean(run["heldout_before"] for run in runs if run["kind"] == kind) for kind in KINDS}
+    start["apart"] = start["ours"] - start["modelopt"]
+    found: dict[str, Any] = {"format": runs[0]["format"], "holds": True, "start": start}
     measures = {"training": lambda run: final_loss(run["losses"]), "heldout": lambda run: run["heldout"]}
     for what, measure in measures.items():
         ours, theirs = ({run["seed"]: measure(run) for run in runs if run["kind"] == kind} for kind in KINDS)
@@ -223,7 +257,9 @@ def sentence(one: dict[str, Any]) -> str:
         f"(sigma {one[what]['sigma']:.5f}, of differences within a seed {one[what]['paired']:.5f})"
         for what in ("training", "heldout")
     ]
-    return f"{one['format']}: {'; '.join(parts)}: {'within' if one['holds'] else 'NOT within'} 2 sigma"
+    within = "within" if one["holds"] else "NOT within"
+    start = f"held-out before the first step apart {one['start']['apart']:+.6f}"
+    return f"{one['format']}: {'; '.join(parts)}: {within} 2 sigma; {start}"
 
 
 def draw(runs: list[dict[str, Any]], formats: list[str], path: Path) -> None:
