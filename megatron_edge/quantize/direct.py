@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_edge.model.fp8_linear import linear_of_codes
 from megatron_edge.model.layers import linear_classes, linear_of_values
-from megatron_edge.quantize import fp8_gemm, fp8_inputs, kernels
+from megatron_edge.quantize import fp8_gemm, kernels, written_inputs
 
 # As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
 _SETTINGS = (
@@ -55,6 +55,8 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
 
     def direct_class(upstream: Any) -> Any:
         class DirectLinear(upstream):
+            takes_values = True  # which a norm or SwiGLU rounded: written_inputs.py
+
             def _is_direct(self, weight: Tensor | None) -> bool:
                 weight = self._parameters["weight"] if weight is None else weight
                 modules = self._modules
@@ -70,10 +72,10 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
 
             def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
                 given = () if weight is None else (weight,)
-                # Here, as Megatron may hand on a view. Where they are not taken x is its own fake-quantised value, and
-                # quantising it again changes nothing.
-                self.__dict__["_written"] = fp8_inputs.taken(input_, self._modules["input_quantizer"])
+                # Here, as Megatron may hand on a view.
+                written = self.__dict__["_written"] = written_inputs.taken(input_, self._modules["input_quantizer"])
                 if not self._is_direct(weight):
+                    assert written != (), "rounded again it could be another value"  # with codes, of fp8, it cannot
                     return super().forward(input_, *given, *args, **kwargs)
                 return super(_QuantFunctionalMixin, self).forward(input_, *given, *args, **kwargs)
 
@@ -88,7 +90,7 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
                     operands = *of_x, *fp8_gemm.weight_operand(weight, of_weight)
                     values_of = kernels.fp8_values if written is None else None
                     return linear_of_codes()(input, weight, *operands, values_of, *given)
-                values = value(input, of_input), value(weight, of_weight)
+                values = value(input, of_input) if written is None else input, value(weight, of_weight)
                 return linear_of_values()(input, weight, *values, *given)
 
         return DirectLinear

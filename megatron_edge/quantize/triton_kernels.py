@@ -4,7 +4,7 @@ The arithmetic is artifact/formats.py's, operation for operation, so that result
 one cast at the end, IEEE divisions (`/` is approximate in Triton), no fused multiply-adds (each launch turns them off),
 NaN kept by every clamp. Roundings add and subtract a multiple of the grid, as artifact/rounding.py does. Scales come
 from the amax on the device, which is never waited for. It needs Triton, so that kernels.py alone imports it, and
-triton_inputs.py, whose kernels go on with two of its functions.
+triton_inputs.py, whose kernels go on with three of its functions.
 tests/gpu/test_kernels_cuda.py compares the bits.
 """
 
@@ -69,6 +69,19 @@ def fp8_level(x, multiplier):
 
 
 @triton.jit
+def nvfp4_values(value, amax, zero: tl.constexpr, zero_scale: tl.constexpr):
+    """What fp32 [blocks, 16] is as E2M1 with an E4M3 scale for each block, which its values give, times one scale for
+    the tensor."""
+    maximum = tl.load(amax)
+    global_scale = tl.where(maximum > zero, tl.div_rn(maximum, 2688.0), zero_scale)
+    scale = tl.div_rn(_largest_magnitude(value), global_scale * 6.0)
+    scale = _clamp(tl.where(scale == 0, 1.0, scale), 0.001953125, 448.0)
+    step = _round_to_float(scale, 448.0, 0.015625, 1572864.0) * global_scale
+    scaled = tl.where(maximum <= zero, 0.0, tl.div_rn(value, step))
+    return _round_to_float(scaled, 6.0, 1.0, 6291456.0) * step
+
+
+@triton.jit
 def _static_kernel(
     x, amax, out, size, divisor: tl.constexpr, zero: tl.constexpr, zero_scale: tl.constexpr,
     IS_FP8: tl.constexpr, TILE: tl.constexpr,
@@ -109,18 +122,10 @@ def _grouped_kernel(
 def _nvfp4_kernel(
     x, amax, out, blocks, zero: tl.constexpr, zero_scale: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """E2M1 with an E4M3 scale for each block of SIZE, which its values give, times one scale for the tensor."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     offsets = block * SIZE + tl.arange(0, SIZE)[None, :]
     inside = block < blocks
-    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    maximum = tl.load(amax)
-    global_scale = tl.where(maximum > zero, tl.div_rn(maximum, 2688.0), zero_scale)
-    scale = tl.div_rn(_largest_magnitude(value), global_scale * 6.0)
-    scale = _clamp(tl.where(scale == 0, 1.0, scale), 0.001953125, 448.0)
-    step = _round_to_float(scale, 448.0, 0.015625, 1572864.0) * global_scale
-    scaled = tl.where(maximum <= zero, 0.0, tl.div_rn(value, step))
-    value = _round_to_float(scaled, 6.0, 1.0, 6291456.0) * step
+    value = nvfp4_values(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), amax, zero, zero_scale)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
