@@ -109,7 +109,9 @@ def compare(name: str, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
             "zero": torch.zeros_like(largest),
         }.items():  # fmt: skip
             quantizer = calibrated(amax)
-            value = written_inputs.rms_norm(quantizer, *inputs, EPS) if norm else written_inputs.swiglu(quantizer, *inputs)
+            value = (
+                written_inputs.rms_norm(quantizer, *inputs, EPS) if norm else written_inputs.swiglu(quantizer, *inputs)
+            )
             written = written_inputs.taken(value, quantizer)
             assert written is not None
             theirs = operand(result, amax)
