@@ -314,7 +314,7 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     attention = _attention_bytes(recompute, dims, layout, size)
     mask = 0 if recompute == "selective" else size * config.train.seq_length_tokens
     kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of an input that a linear layer rounds
-    if config.model.backend == "apex":  # whose norms write no rounded value (quantize/written_inputs.py)
+    if config.model.backend != "local":  # whose norms write no rounded value (quantize/written_inputs.py)
         norms -= 2 * (size - kept) * dims.hidden_size // sequence
     if any(part.activation != "none" for _, part in parts_of(config.quant)):
         attention += kept * dims.num_heads * dims.head_dim  # the projection keeps its rounded input beside the result
@@ -348,7 +348,7 @@ def _router_bytes(dims: ModelDims, size: int) -> int:
 def _keeps_codes(config: RunConfig) -> bool:
     """Whether all linear layers multiply FP8 numbers in training (quantize/fp8_gemm.py): inputs that they round
     themselves are kept so."""
-    if not config.train.fp8_gemm or config.train.lora_rank is not None or config.model.backend == "te":
+    if not config.train.fp8_gemm or config.train.lora_rank is not None:
         return False
     return all(
         part.activation == "fp8" and (part.weight == "fp8" or (part.weight == "int4" and part.group_size == 128))

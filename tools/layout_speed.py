@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     from megatron_edge.memory import training_plan
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.hf_config import checked_config
-    from megatron_edge.quantize import apply, policy
+    from megatron_edge.quantize import apply, fp8_gemm, policy, written_inputs
     from megatron_edge.train import graph, step
     from megatron_edge.train.distill import Distillation
 
@@ -125,6 +126,9 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     wrapped, optimizer = step.make_trainable(
         model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO"), stream=stream
     )
+    if config.train.fp8_gemm:
+        fp8_gemm.use(wrapped)
+    written_inputs.use(wrapped)
     gradients = graph.StepGraph(stream) if stream is not None else step.forward_backward
     step.learning_rate_schedule(optimizer, config.train).step(1)
     objective: step.Objective = step.LABELS
@@ -164,10 +168,10 @@ def _random_windows(vocabulary: int, count: int, length: int) -> Any:
 
 def configured(chosen: argparse.Namespace, layout: str, batch: int, plan: Any) -> Any:
     from megatron_edge.compose import compose
+    from megatron_edge.jobs.preflight import native
 
-    asked_for = plan.cp > 1 and plan.tp == plan.pp == 1 and torch.cuda.is_available()  # jobs record that if told to
-    graph = "false" if chosen.one_by_one else "true" if asked_for else "null"
-    return compose(
+    graph = "false" if chosen.one_by_one else "null"
+    config = compose(
         [f"train={chosen.train}", f"train.cuda_graph={graph}", f"quant={chosen.quant}", "train.learning_rate=1e-5",
          "train.warmup_steps=0", "train.min_learning_rate=1e-6", "train.precision=bf16",
          f"train.seq_length_tokens={chosen.seq_length_tokens}", f"train.global_batch={batch}",
@@ -175,6 +179,7 @@ def configured(chosen: argparse.Namespace, layout: str, batch: int, plan: Any) -
          f"parallel.tensor={plan.tp}", f"parallel.pipeline={plan.pp}", f"parallel.context={plan.cp}",
          f"parallel.distributed_optimizer={str(layout.endswith('DO')).lower()}"]
     )  # fmt: skip
+    return replace(config, train=native(config.train))
 
 
 def _random_weights(device: torch.device) -> Any:

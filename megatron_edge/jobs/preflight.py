@@ -141,7 +141,7 @@ def check_backend(config: RunConfig) -> None:
 
 def records_steps(config: RunConfig, hf_config: dict) -> bool:
     """Whether forward and backward become a CUDA graph (train/graph.py): as train.cuda_graph says, or where it can be.
-    With context parallelism, whose exchanges are then in the graph, only where train.cuda_graph=true.
+    Exchanges between tensor- and context-parallel ranks are then in the graph.
 
     Raises:
         InputError: train.cuda_graph=true where it cannot be.
@@ -150,8 +150,6 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
 
     parallel, wanted = config.parallel, config.train.cuda_graph
     obstacles = []
-    if parallel.tensor > 1:
-        obstacles.append(f"parallel.tensor={parallel.tensor} hung when it was recorded (1 is allowed)")
     if parallel.pipeline > 1:
         obstacles.append(f"parallel.pipeline={parallel.pipeline} exchanges as the host says (1 is allowed)")
     if not torch.cuda.is_available():
@@ -161,12 +159,13 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
     if config.model.backend == "te":  # whose layers exchange and keep random states by themselves
         obstacles += [
             f"parallel.{name}={value} with model.backend=te (local is allowed)"
-            for name, value in (("context", parallel.context), ("recompute", parallel.recompute))
+            for name in ("tensor", "context", "recompute")
+            for value in [getattr(parallel, name)]
             if value not in (1, "none")
         ]
     if wanted and obstacles:
         raise InputError(f"train.cuda_graph=true: {'; '.join(obstacles)}; allowed here: null, false")
-    return not obstacles and (parallel.context == 1 if wanted is None else wanted)
+    return not obstacles and wanted is not False
 
 
 def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:

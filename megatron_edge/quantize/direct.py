@@ -11,13 +11,13 @@ gradients are the same bits. Called by apply.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from megatron_edge.model.fp8_linear import linear_of_codes
-from megatron_edge.model.layers import linear_classes, linear_of_values
+from megatron_edge.model.layers import linear_classes, linear_of_values, reduced, transformer_engine_classes
 from megatron_edge.quantize import fp8_gemm, kernels, written_inputs
 
 # As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
@@ -45,70 +45,113 @@ def through(x: Tensor, quantizer: Any, backend: str, entry: Callable[[Tensor, An
 
 
 def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
-    """Has modelopt make our classes of Megatron's linear layers from now on. `quantised(x, quantizer)` is what an
+    """Has modelopt make our classes of linear layers from now on. `quantised(x, quantizer)` is what an
     enabled quantizer of `backend` makes of x, without gradient."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    kinds: list[tuple[type, Callable[..., Any]]] = [(layer, _megatron_class) for layer in linear_classes()]
+    of_te = transformer_engine_classes()
+    if of_te:  # modelopt takes the first class with a layer's forward, which its base has too; of that we build none
+        QuantModuleRegistry.unregister(of_te[0].__base__)
+    for layer, made in [*kinds, *((layer, _transformer_engine_class) for layer in of_te)]:
+        base = QuantModuleRegistry[layer].__mro__[1]  # what is registered; the first of them is made of it and `layer`
+        _classes[layer] = (made(base, backend, quantised), base)
+        _put(layer, _classes[layer][0])
+
+
+class _Direct:
+    """What our classes of both libraries' layers share."""
+
+    _backend: str
+
+    def _is_direct(self: Any, weight: Tensor | None) -> bool:
+        weight = self._parameters["weight"] if weight is None else weight
+        modules, backend = self._modules, self._backend
+        return (
+            weight is not None
+            and weight.requires_grad
+            and modules["output_quantizer"].__dict__["_disabled"]
+            and modules["weight_quantizer"].__dict__.get("_route") is None
+            and is_direct(modules["output_quantizer"], backend)
+            and is_direct(modules["weight_quantizer"], backend)
+            and is_direct(modules["input_quantizer"], backend)
+        )
+
+
+def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> Any:
     from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 
     def value(x: Tensor, quantizer: Any) -> Tensor:
         return x if quantizer.__dict__["_disabled"] or not x.numel() else quantised(x, quantizer)
 
-    def direct_class(upstream: Any) -> Any:
-        class DirectLinear(upstream):
-            takes_values = True  # which a norm or SwiGLU rounded: written_inputs.py
+    class DirectLinear(_Direct, upstream):
+        _backend = backend
+        takes_values = True  # which a norm or SwiGLU rounded: written_inputs.py
 
-            def _is_direct(self, weight: Tensor | None) -> bool:
-                weight = self._parameters["weight"] if weight is None else weight
-                modules = self._modules
-                return (
-                    weight is not None
-                    and weight.requires_grad
-                    and modules["output_quantizer"].__dict__["_disabled"]
-                    and modules["weight_quantizer"].__dict__.get("_route") is None
-                    and is_direct(modules["output_quantizer"], backend)
-                    and is_direct(modules["weight_quantizer"], backend)
-                    and is_direct(modules["input_quantizer"], backend)
-                )
+        def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            given = () if weight is None else (weight,)
+            # Here, as Megatron may hand on a view.
+            written = self.__dict__["_written"] = written_inputs.taken(input_, self._modules["input_quantizer"])
+            if not self._is_direct(weight):
+                assert written != (), "rounded again it could be another value"  # with codes, of fp8, it cannot
+                return super().forward(input_, *given, *args, **kwargs)
+            return super(_QuantFunctionalMixin, self).forward(input_, *given, *args, **kwargs)
 
-            def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-                given = () if weight is None else (weight,)
-                # Here, as Megatron may hand on a view.
-                written = self.__dict__["_written"] = written_inputs.taken(input_, self._modules["input_quantizer"])
-                if not self._is_direct(weight):
-                    assert written != (), "rounded again it could be another value"  # with codes, of fp8, it cannot
-                    return super().forward(input_, *given, *args, **kwargs)
-                return super(_QuantFunctionalMixin, self).forward(input_, *given, *args, **kwargs)
+        def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+            written = self.__dict__.pop("_written", None)
+            if not self._is_direct(weight):
+                return super()._forward_impl(input, weight, **settings)
+            given = [settings.get(name) for name in _SETTINGS]
+            if fp8_gemm.takes(self, input):
+                return _fp8_product(self, input, weight, written, given)
+            modules = self._modules
+            x_value = value(input, modules["input_quantizer"]) if written is None else input
+            return linear_of_values()(input, weight, x_value, value(weight, modules["weight_quantizer"]), *given)
 
-            def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-                written = self.__dict__.pop("_written", None)
-                if not self._is_direct(weight):
-                    return super()._forward_impl(input, weight, **settings)
-                of_input, of_weight = self._modules["input_quantizer"], self._modules["weight_quantizer"]
-                given = [settings.get(name) for name in _SETTINGS]
-                if fp8_gemm.takes(self, input):
-                    of_x = fp8_gemm.input_operand(input, of_input) if written is None else written
-                    operands = *of_x, *fp8_gemm.weight_operand(weight, of_weight)
-                    values_of = kernels.fp8_values if written is None else None
-                    return linear_of_codes()(input, weight, *operands, values_of, *given)
-                values = value(input, of_input) if written is None else input, value(weight, of_weight)
-                return linear_of_values()(input, weight, *values, *given)
-
-        return DirectLinear
-
-    for layer in linear_classes():
-        base = QuantModuleRegistry[layer].__mro__[1]  # what is registered; the first of them is made of it and `layer`
-        _classes[layer] = (direct_class(base), base)
-        _put(layer, _classes[layer][0])
+    return DirectLinear
 
 
-_classes: dict[type, tuple[Any, Any]] = {}  # Megatron's layer -> our class, modelopt's
+def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
+    class DirectTELinear(_Direct, upstream):
+        """Its own product; or ours of FP8 numbers, with Megatron's exchanges between tensor-parallel ranks."""
+
+        _backend = backend
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            written = written_inputs.taken(x, self._modules["input_quantizer"])
+            if not (self._is_direct(None) and fp8_gemm.takes(self, x)):
+                return super().forward(x)
+            bias, is_column = self.bias if self.use_bias else None, self.parallel_mode == "column"
+            split = is_column and self.tp_size > 1
+            of_sequence = split and self.sequence_parallel
+            added = bias if is_column and not self.te_return_bias else None
+            settings = added, False, split and not of_sequence, of_sequence, None, None, self.tp_group
+            out = _fp8_product(self, x, self._parameters["weight"], written, settings)
+            if self.parallel_mode == "row" and self.tp_size > 1:
+                out = reduced(out, self.sequence_parallel, self.tp_group)
+            if bias is None or added is not None:
+                return out, None
+            return (out, bias) if self.te_return_bias else (out + bias, None)
+
+    return DirectTELinear
+
+
+def _fp8_product(layer: Any, x: Tensor, weight: Tensor, written: Any, settings: Sequence[Any]) -> Tensor:
+    """Where fp8_gemm.takes it; `written`: (codes, scale), where what made x rounded it, or None."""
+    modules = layer._modules
+    of_x = fp8_gemm.input_operand(x, modules["input_quantizer"]) if written is None else written
+    operands = *of_x, *fp8_gemm.weight_operand(weight, modules["weight_quantizer"])
+    return linear_of_codes()(x, weight, *operands, kernels.fp8_values if written is None else None, *settings)
+
+
+_classes: dict[type, tuple[Any, Any]] = {}  # a layer -> our class of it, modelopt's
 
 
 def _put(layer: type, made: Any) -> None:
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
     QuantModuleRegistry.unregister(layer)
-    QuantModuleRegistry.register({layer: f"megatron_{layer.__name__}"})(made)
+    QuantModuleRegistry.register({layer: f"megatron_{layer.__name__}"})(made)  # the name is shown, and no more
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def _formats(layer: Any) -> tuple[str, str] | None:
 def _obstacle(layer: Any, weight_format: str) -> str:
     weight = getattr(layer, "weight", None)
     if not hasattr(layer, "_is_direct") or weight is None:
-        return "layers that are not Megatron's own (model.backend)"
+        return "layers that are neither Megatron's nor TransformerEngine's"
     if getattr(layer.weight_quantizer, "_route", None) is not None:
         return "adapters take the gradient of the weight"
     if not weight.requires_grad:

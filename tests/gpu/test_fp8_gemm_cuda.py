@@ -4,8 +4,10 @@ gradients of today's way, and a recorded step beside an eager one. tests/unit/te
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,9 @@ def session() -> Iterator[Any]:
         yield opened
 
 
-def steps(llama: Any, session: Any, quant: str, recorded: bool, fp8: bool, written: bool = True) -> dict[str, Any]:
+def steps(
+    llama: Any, session: Any, quant: str, recorded: bool, fp8: bool, written: bool = True, backend: str = "local"
+) -> dict[str, Any]:
     """`written`: norms and SwiGLU write the operands of the layers that read them."""
     from megatron_edge.compose import compose
     from megatron_edge.model.build import named_shards
@@ -167,7 +171,7 @@ def steps(llama: Any, session: Any, quant: str, recorded: bool, fp8: bool, writt
     from megatron_edge.train import step
     from megatron_edge.train.graph import StepGraph
 
-    model = build(llama, session)
+    model = build(llama, session, backend=backend)
     composed = compose([f"quant={quant}", "quant.algorithm=max", "train.learning_rate=1e-4"])
     plan, batches = policy.make_plan(composed.quant, composed.kv, hf_config_of(llama)), random_batches()
     matches = apply.insert_quantizers(model, plan)
@@ -189,22 +193,25 @@ def steps(llama: Any, session: Any, quant: str, recorded: bool, fp8: bool, writt
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["local", "te"])
 @pytest.mark.parametrize(("quant", "fmt"), [("fp8", "fp8"), ("w4a8_awq", "int4")])
-def test_a_recorded_step_is_the_step(session: Any, quant: str, fmt: str) -> None:
+def test_a_recorded_step_is_the_step(session: Any, quant: str, fmt: str, backend: str) -> None:
     if obstacle(fmt):
         pytest.skip(obstacle(fmt))
+    if backend == "te" and find_spec("transformer_engine") is None:
+        pytest.skip("needs transformer_engine")
     llama = random_llama(hidden_size=128, intermediate_size=256)
-    eager, again, recorded = (steps(llama, session, quant, graph, True) for graph in (False, False, True))
-    plain = steps(llama, session, quant, False, False)
-    unwritten = steps(llama, session, quant, False, True, written=False)
+    of = functools.partial(steps, llama, session, quant, backend=backend)
+    eager, again, recorded = (of(recorded=graph, fp8=True) for graph in (False, False, True))
+    plain, unwritten = of(recorded=False, fp8=False), of(recorded=False, fp8=True, written=False)
     assert eager["used"] == recorded["used"] == {"used": 8}
     for what in ("losses", "norms", "weights"):
         apart, noise = (float((other[what] - eager[what]).abs().max()) for other in (recorded, again))
-        print(f"{quant} {what}: recorded {apart:.1e}, eager twice {noise:.1e}")
+        print(f"{backend} {quant} {what}: recorded {apart:.1e}, eager twice {noise:.1e}")
         assert apart <= 1e-6 + 3 * noise
         by_layers = float((unwritten[what] - eager[what]).abs().max())
-        print(f"{quant} {what}: inputs rounded by the layers {by_layers:.1e}")
+        print(f"{backend} {quant} {what}: inputs rounded by the layers {by_layers:.1e}")
         assert by_layers <= 3 * noise, "the same bits, where a step twice has them"
     assert len(set(recorded["losses"].tolist())) == STEPS, "replayed on new samples"
-    print(f"{quant} losses: FP8 {eager['losses'].tolist()}, fake-quantised {plain['losses'].tolist()}")
+    print(f"{backend} {quant} losses: FP8 {eager['losses'].tolist()}, fake-quantised {plain['losses'].tolist()}")
     assert not eager["losses"].equal(plain["losses"]) and relative(eager["losses"], plain["losses"]) < 0.02

@@ -27,11 +27,11 @@ def session() -> Iterator[Any]:
         yield opened
 
 
-def build(llama: Any, session: Any, recompute: Any = "none") -> Any:
+def build(llama: Any, session: Any, recompute: Any = "none", backend: Any = "local") -> Any:
     from megatron_edge.model.build import build_model, load_weights
 
     tensors, config = llama.state_dict(), hf_config_of(llama)
-    model = build_model(config, session.plan, torch.bfloat16, session.device, recompute)
+    model = build_model(config, session.plan, torch.bfloat16, session.device, recompute, backend)
 
     def read(name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
         part = tensors[name][rows if rows else slice(None)]

@@ -348,10 +348,9 @@ def test_a_cuda_graph_is_refused_where_a_step_cannot_be_recorded() -> None:
     from megatron_edge.jobs.preflight import records_steps
 
     model = hf_config_of(random_llama())
-    of_te = [["model.backend=te", setting] for setting in ("parallel.context=2", "parallel.recompute=full")]
-    for settings in (["parallel.tensor=2"], ["parallel.pipeline=2"], *of_te):
+    alone = ("parallel.tensor=2", "parallel.context=2", "parallel.recompute=full")
+    for settings in (["parallel.pipeline=2"], *(["model.backend=te", setting] for setting in alone)):
         with pytest.raises(InputError, match=rf"train.cuda_graph=true: .*{settings[-1]}.*; allowed here: null, false"):
             records_steps(compose.compose(["train.cuda_graph=true", *settings]), model)
         assert not records_steps(compose.compose(settings), model)
     assert not records_steps(compose.compose(["train.cuda_graph=false"]), model)
-    assert not records_steps(compose.compose(["parallel.context=2"]), model)

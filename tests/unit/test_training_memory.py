@@ -189,7 +189,7 @@ def test_no_more_than_modelopts_own(quant: str, session: Any) -> None:
 MEASURED: list[tuple[dict[str, str], float]] = [
     ({}, 20.13), ({"recompute": "full"}, 17.86), ({"train": "qad", "quant": "int4"}, 24.48),
     ({"layout": "DP2DO"}, 14.38), ({"layout": "CP2"}, 18.91), ({"layout": "TP2SP"}, 10.11), ({"layout": "PP2"}, 11.89),
-    ({"model": "experts"}, 17.74),
+    ({"layout": "TP2"}, 10.42), ({"model": "experts"}, 17.74), ({"model": "experts", "layout": "EP2"}, 11.10),
 ]  # fmt: skip
 
 
