@@ -116,11 +116,12 @@ def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
         """Its own product; or ours of FP8 numbers, with Megatron's exchanges between tensor-parallel ranks."""
 
         _backend = backend
+        takes_values = True
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             written = written_inputs.taken(x, self._modules["input_quantizer"])
             if not (self._is_direct(None) and fp8_gemm.takes(self, x)):
-                return super().forward(x)
+                return super().forward(x) if written != () else self._of_value(x)
             bias, is_column = self.bias if self.use_bias else None, self.parallel_mode == "column"
             split = is_column and self.tp_size > 1
             of_sequence = split and self.sequence_parallel
@@ -132,6 +133,16 @@ def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
             if bias is None or added is not None:
                 return out, None
             return (out, bias) if self.te_return_bias else (out + bias, None)
+
+        def _of_value(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            """x comes as its quantizer rounds it."""
+            assert self._is_direct(None), "rounded again it could be another value"
+            of_input = self._modules["input_quantizer"].__dict__
+            of_input["_disabled"] = True
+            try:
+                return super().forward(x)
+            finally:
+                of_input["_disabled"] = False
 
     return DirectTELinear
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from torch import Tensor
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "unit"), str(HERE.parent)]
 
+from test_fp8_gemm_cuda import session, steps  # noqa: E402, F401
 from test_inputs_cuda import DTYPES, EPS, SHAPES, differing, inputs_of, with_kernels  # noqa: E402
 from test_layers_cuda import random  # noqa: E402
+from tiny_megatron import random_llama  # noqa: E402
 from triton_device import ABSENT, DEVICE, INTERPRETED  # noqa: E402
 
 from megatron_edge.artifact import formats  # noqa: E402
@@ -90,6 +93,22 @@ def test_bits_of_the_two_kernels(name: str, dtype: torch.dtype) -> None:
     found = list(compare(name, dtype))
     assert sum(elements for _, elements, _ in found) > 1000
     assert not [(where, count) for where, _, count in found if count]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
+@pytest.mark.parametrize("backend", ["local", "te"])
+def test_a_recorded_step_is_the_step(session: Any, backend: str) -> None:  # noqa: F811
+    if backend == "te" and find_spec("transformer_engine") is None:
+        pytest.skip("needs transformer_engine")
+    of = partial(steps, random_llama(hidden_size=128, intermediate_size=256), session, "nvfp4", fp8=False)
+    eager, again, recorded = (of(recorded=graph, backend=backend) for graph in (False, False, True))
+    unwritten = of(recorded=False, written=False, backend=backend)
+    for what in ("losses", "norms", "weights"):
+        noise, apart, by_layers = (float((o[what] - eager[what]).abs().max()) for o in (again, recorded, unwritten))
+        print(f"{backend} {what}: eager twice {noise:.1e}, recorded {apart:.1e}, rounded by the layers {by_layers:.1e}")
+        assert apart <= 1e-6 + 3 * noise
+        assert by_layers <= 3 * noise, "the same bits, where a step twice has them"
+    assert len(set(recorded["losses"].tolist())) == len(recorded["losses"]), "replayed on new samples"
 
 
 # ---------------------------------------------------------------- as a program
