@@ -314,7 +314,7 @@ def layer_activations_bytes(config: RunConfig, dims: ModelDims, layout: Parallel
     attention = _attention_bytes(recompute, dims, layout, size)
     mask = 0 if recompute == "selective" else size * config.train.seq_length_tokens
     kept = 1 if _keeps_codes(config) and not dims.num_experts else size  # of an input that a linear layer rounds
-    if config.model.backend != "local":  # whose norms write no rounded value (quantize/fp8_inputs.py)
+    if config.model.backend != "local":  # whose norms write no rounded value (quantize/written_inputs.py)
         norms -= 2 * (size - kept) * dims.hidden_size // sequence
     if any(part.activation != "none" for _, part in parts_of(config.quant)):
         attention += kept * dims.num_heads * dims.head_dim  # the projection keeps its rounded input beside the result

@@ -189,7 +189,7 @@ def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_d
     """The decoder's linear layers, both kinds with the same groups: of int4, the largest up to 128 that fits all."""
     from megatron_edge import memory
     from megatron_edge.jobs.contenders import quant_of
-    from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt, policy
+    from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt, policy, written_inputs
 
     quant, group_size = quant_of(config, fmt), None
     if fmt == "int4":
@@ -206,6 +206,7 @@ def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_d
     apply.calibrate(model, plan, apply.insert_quantizers(model, plan), run_data)
     if config.train.fp8_gemm:
         fp8_gemm.use(model)
+    written_inputs.use(model)
 
 
 def snap(model: Any, quant: Any) -> None:

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
     """y = weight * x / rms(x), the statistic in fp32. Usable with sequence parallelism, which upstream's
     torch norm refuses (torch_norm.py:33): the weight is tagged so that its gradient is summed over TP ranks.
 
-    `function(x, weight, eps)` calculates it; quantize/fp8_gemm.py may put another in its place."""
+    `function(x, weight, eps)` calculates it; quantize/written_inputs.py may put another in its place."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_edge.model.fp8_linear import linear_of_codes
 from megatron_edge.model.layers import linear_classes, linear_of_values, reduced, transformer_engine_classes
-from megatron_edge.quantize import fp8_gemm, fp8_inputs, kernels
+from megatron_edge.quantize import fp8_gemm, kernels, written_inputs
 
 # As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
 _SETTINGS = (
@@ -86,13 +86,14 @@ def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, An
 
     class DirectLinear(_Direct, upstream):
         _backend = backend
+        takes_values = True  # which a norm or SwiGLU rounded: written_inputs.py
 
         def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             given = () if weight is None else (weight,)
-            # Here, as Megatron may hand on a view. Where they are not taken x is its own fake-quantised value, and
-            # quantising it again changes nothing.
-            self.__dict__["_written"] = fp8_inputs.taken(input_, self._modules["input_quantizer"])
+            # Here, as Megatron may hand on a view.
+            written = self.__dict__["_written"] = written_inputs.taken(input_, self._modules["input_quantizer"])
             if not self._is_direct(weight):
+                assert written != (), "rounded again it could be another value"  # with codes, of fp8, it cannot
                 return super().forward(input_, *given, *args, **kwargs)
             return super(_QuantFunctionalMixin, self).forward(input_, *given, *args, **kwargs)
 
@@ -104,8 +105,8 @@ def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, An
             if fp8_gemm.takes(self, input):
                 return _fp8_product(self, input, weight, written, given)
             modules = self._modules
-            values = value(input, modules["input_quantizer"]), value(weight, modules["weight_quantizer"])
-            return linear_of_values()(input, weight, *values, *given)
+            x_value = value(input, modules["input_quantizer"]) if written is None else input
+            return linear_of_values()(input, weight, x_value, value(weight, modules["weight_quantizer"]), *given)
 
     return DirectLinear
 
@@ -115,11 +116,12 @@ def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
         """Its own product; or ours of FP8 numbers, with Megatron's exchanges between tensor-parallel ranks."""
 
         _backend = backend
+        takes_values = True
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            written = fp8_inputs.taken(x, self._modules["input_quantizer"])
+            written = written_inputs.taken(x, self._modules["input_quantizer"])
             if not (self._is_direct(None) and fp8_gemm.takes(self, x)):
-                return super().forward(x)
+                return super().forward(x) if written != () else self._of_value(x)
             bias, is_column = self.bias if self.use_bias else None, self.parallel_mode == "column"
             split = is_column and self.tp_size > 1
             of_sequence = split and self.sequence_parallel
@@ -131,6 +133,16 @@ def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
             if bias is None or added is not None:
                 return out, None
             return (out, bias) if self.te_return_bias else (out + bias, None)
+
+        def _of_value(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            """x comes as its quantizer rounds it."""
+            assert self._is_direct(None), "rounded again it could be another value"
+            of_input = self._modules["input_quantizer"].__dict__
+            of_input["_disabled"] = True
+            try:
+                return super().forward(x)
+            finally:
+                of_input["_disabled"] = False
 
     return DirectTELinear
 

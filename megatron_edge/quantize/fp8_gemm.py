@@ -3,15 +3,13 @@
 With fp8 inputs and fp8 weights both operands are such numbers, and a product of them differs from the fake-quantised
 one only by not rounding code x scale to bf16 first. With fp8 inputs and int4 weights (w4a8_awq) the weight's codes are
 numbers of E4M3 too, and each group's scale multiplies the sum over the group. Calibration, evaluation, the reference
-and export multiply fake-quantised values as ever. Where a norm or SwiGLU makes the input of one such layer and of
-nothing else, it writes the operand itself. Called by jobs (use) and direct.py.
+and export multiply fake-quantised values as ever. Called by jobs (use), direct.py and written_inputs.py.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import weakref
 from collections import Counter
 from importlib.util import find_spec
 from typing import Any
@@ -19,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_edge.model import fused
 from megatron_edge.model.build import named_modules
 from megatron_edge.model.fp8_linear import USE_FAST_ACCUM
-from megatron_edge.model.layers import RMSNorm, read_by_one
-from megatron_edge.quantize import fp8_inputs, kernels
+from megatron_edge.quantize import kernels
 
 log = logging.getLogger("megatron_edge")
 
@@ -55,53 +51,15 @@ def use(model: nn.Module) -> dict[str, int]:
             reason = _obstacle(layer, formats[0])
             layer._fp8_product = not reason
             found[reason or "used"] += 1
-    written = sum(_write_operands(module) for _, module in named_modules(model))
     if found:
         others = "".join(
             f"; {count} multiply fake-quantised values: {why}" for why, count in found.items() if why != "used"
         )
         log.info(
-            "FP8 products (torch._scaled_mm, use_fast_accum=%s; a norm or SwiGLU writes %d of the inputs) in the "
-            "forward pass of %d linear layers of rank 0%s",
-            USE_FAST_ACCUM, written, found["used"], others,
+            "FP8 products (torch._scaled_mm, use_fast_accum=%s) in the forward pass of %d linear layers of rank 0%s",
+            USE_FAST_ACCUM, found["used"], others,
         )  # fmt: skip
     return dict(found)
-
-
-def _write_operands(module: nn.Module) -> int:
-    """Has the norms and SwiGLU of a module write the operands of layers with FP8 products, and no others.
-
-    Returns:
-        How many do.
-    """
-    count = 0
-    for owner, name, linear in read_by_one(module):
-        plain, ours = (fused.rms_norm, _rms_norm) if isinstance(owner, RMSNorm) else (fused.swiglu, _swiglu)
-        used = linear.__dict__.get("_fp8_product", False)
-        # A proxy: what keeps its owner is freed with it by garbage collection alone.
-        setattr(owner, name, functools.partial(ours, weakref.proxy(owner), linear) if used else plain)
-        count += used
-    return count
-
-
-def _rms_norm(norm: Any, linear: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _will_take(norm, linear, x):
-        return fp8_inputs.rms_norm(linear._modules["input_quantizer"], x, weight, eps)
-    return fused.rms_norm(x, weight, eps)
-
-
-def _swiglu(mlp: Any, linear: Any, x: Tensor) -> Tensor:
-    if _will_take(mlp, linear, x):
-        return fp8_inputs.swiglu(linear._modules["input_quantizer"], x)
-    return fused.swiglu(x)
-
-
-def _will_take(owner: Any, linear: Any, x: Tensor) -> bool:
-    """Whether `linear` will use an FP8 product of what comes of x, and nobody looks at that on its way."""
-    state = linear.__dict__
-    if owner.__dict__["_forward_hooks"] or state["_forward_pre_hooks"] or state["_forward_hooks"]:
-        return False
-    return linear._is_direct(None) and takes(linear, x)
 
 
 def _formats(layer: Any) -> tuple[str, str] | None:

@@ -18,6 +18,7 @@ from megatron_edge.model import fused as layers
 from megatron_edge.model.fused import runs_triton
 
 _FP8_INPUT: dict[str, Any] = {"role": "input", "format": "fp8", "group_size": 0}
+_NVFP4_INPUT: dict[str, Any] = {"role": "input", "format": "nvfp4", "group_size": 0}
 
 
 def fake_quantize(args: dict[str, Any], x: Tensor, amax: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -80,6 +81,23 @@ def swiglu_operand(amax: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if triton is not None:
         return triton.swiglu_operand(amax, x)
     return _operand_and_values(layers.gated(x), amax)
+
+
+def rms_norm_values(amax: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(values, 1 / rms of each row in fp32): `fake_quantize`, as an nvfp4 input, of what fused.rms_norm gives."""
+    triton = _fused_inputs(x)
+    if triton is not None:
+        return triton.rms_norm_values(amax, x, weight, eps)
+    out, inverse = layers.normed(x, weight, eps)
+    return fake_quantize(_NVFP4_INPUT, out, amax), inverse
+
+
+def swiglu_values(amax: Tensor, x: Tensor) -> Tensor:
+    """`fake_quantize`, as an nvfp4 input, of what fused.swiglu gives."""
+    triton = _fused_inputs(x)
+    if triton is not None:
+        return triton.swiglu_values(amax, x)
+    return fake_quantize(_NVFP4_INPUT, layers.gated(x), amax)
 
 
 def _operand_and_values(x: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

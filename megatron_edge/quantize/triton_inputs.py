@@ -1,5 +1,5 @@
-"""RMSNorm and SwiGLU on CUDA that write, in their one pass over memory, the E4M3 codes of their result and the value
-that those stand for, in place of the result itself.
+"""RMSNorm and SwiGLU on CUDA that write, in their one pass over memory, the fake-quantised value of their result in
+place of the result itself; of fp8 with its E4M3 codes.
 
 The result is rounded to its dtype first, so that the bits are those of model/triton_layers.py's kernels followed by
 triton_kernels.py's. Only kernels.py imports this: it needs Triton. tests/gpu/test_inputs_cuda.py compares the bits.
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_edge.artifact import scales
 from megatron_edge.model import triton_layers
 from megatron_edge.model.triton_layers import rms_norm_rows, swiglu_tile
-from megatron_edge.quantize.triton_kernels import fp8_level, static_scale
+from megatron_edge.quantize.triton_kernels import fp8_level, nvfp4_values, static_scale
 
 
 @triton.jit
@@ -53,6 +53,30 @@ def _swiglu_codes_kernel(
     tl.store(out + place, (level * step).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _rms_norm_nvfp4_kernel(
+    x, weight, out, inverse, rows, heads, size, stride_token, stride_head, eps, amax,
+    zero: tl.constexpr, zero_scale: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    result, place, inside = rms_norm_rows(
+        x, weight, inverse, rows, heads, size, stride_token, stride_head, eps, ROWS, SIZE
+    )
+    blocks = tl.reshape(result.to(out.dtype.element_ty).to(tl.float32), (ROWS * SIZE // BLOCK, BLOCK))
+    value = tl.reshape(nvfp4_values(blocks, amax, zero, zero_scale), (ROWS, SIZE))
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_nvfp4_kernel(
+    x, out, size, column_tiles, stride, amax,
+    zero: tl.constexpr, zero_scale: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    result, place, inside = swiglu_tile(x, size, column_tiles, stride, TILE)
+    blocks = tl.reshape(result.to(out.dtype.element_ty).to(tl.float32), (TILE // BLOCK, BLOCK))
+    value = tl.reshape(nvfp4_values(blocks, amax, zero, zero_scale), (TILE,))
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
 def rms_norm_operand(amax: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels.rms_norm_operand. x is not empty; the current device is x's, of compute capability 8.9 or higher."""
     codes, scale = _operand(x, x.shape[-1])
@@ -65,6 +89,25 @@ def swiglu_operand(amax: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels.swiglu_operand; as above."""
     codes, scale = _operand(x, x.shape[-1] // 2)
     return codes, scale, triton_layers.swiglu(x, _swiglu_codes_kernel, _of_codes(amax, codes, scale))
+
+
+def rms_norm_values(amax: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See kernels.rms_norm_values. x is not empty; the current device is x's."""
+    return triton_layers.rms_norm(x, weight, eps, _rms_norm_nvfp4_kernel, _of_nvfp4(amax, x, x.shape[-1]))
+
+
+def swiglu_values(amax: Tensor, x: Tensor) -> Tensor:
+    """See kernels.swiglu_values; as above."""
+    return triton_layers.swiglu(x, _swiglu_nvfp4_kernel, _of_nvfp4(amax, x, x.shape[-1] // 2))
+
+
+def _of_nvfp4(amax: Tensor, x: Tensor, columns: int) -> tuple[Any, ...]:
+    """Blocks lie within a row, and so within a program's tile."""
+    scales.check_blocks("nvfp4", (columns,), scales.NVFP4_BLOCK)
+    if amax.dtype is not torch.float32 or amax.device != x.device:
+        amax = amax.to(x.device, torch.float32)
+    numbers = scales.ZERO_AMAX["nvfp4"], scales.ZERO_SCALE["nvfp4"], scales.NVFP4_BLOCK
+    return scales.scalar_amax("nvfp4", amax), *numbers
 
 
 def _operand(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:

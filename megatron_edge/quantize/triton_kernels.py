@@ -1,10 +1,10 @@
 """Fake quantisation on CUDA in one pass over memory: x is read once, its quantised value written once.
 
 The arithmetic is artifact/formats.py's, operation for operation, so that results are the same bits: fp32 throughout and
-one cast at the end, IEEE divisions (`/` is approximate in Triton), no fused multiply-adds (each launch turns them off),
-NaN kept by every clamp. Roundings add and subtract a multiple of the grid, as artifact/rounding.py does. Scales come
-from the amax on the device, which is never waited for. It needs Triton, so that kernels.py alone imports it, and
-triton_inputs.py, whose kernels go on with two of its functions.
+one cast at the end, IEEE divisions (`/` is approximate in Triton), no fused multiply-adds but two that are written
+(each launch turns all others off), NaN kept by every clamp. Roundings add and subtract a multiple of the grid, as
+artifact/rounding.py does. Scales come from the amax on the device, which is never waited for. It needs Triton, so that
+kernels.py alone imports it, and triton_inputs.py, whose kernels go on with three of its functions.
 tests/gpu/test_kernels_cuda.py compares the bits.
 """
 
@@ -35,7 +35,11 @@ def _clamp(x, low, high):
 @triton.jit
 def _round_to_float(x, largest, smallest_normal, steps):
     """rounding.round_to_float; `steps` is 1.5 * 2^(23 - mantissa bits)."""
-    x = _clamp(x, -largest, largest)
+    return _to_grid(_clamp(x, -largest, largest), smallest_normal, steps)
+
+
+@triton.jit
+def _to_grid(x, smallest_normal, steps):
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = tl.maximum(power, smallest_normal, propagate_nan=tl.PropagateNan.ALL) * steps
     return (x + shift) - shift
@@ -66,6 +70,23 @@ def static_scale(amax, divisor: tl.constexpr, zero: tl.constexpr, zero_scale: tl
 def fp8_level(x, multiplier):
     """E4M3 codes as fp32: rounded before the conversion, which on some chips rounds twice."""
     return _round_to_float(x.to(tl.float32) * multiplier, 448.0, 0.015625, 1572864.0)
+
+
+@triton.jit
+def nvfp4_values(value, amax, zero: tl.constexpr, zero_scale: tl.constexpr):
+    """What fp32 [blocks, 16] is as E2M1 with an E4M3 scale for each block, which its values give, times one scale for
+    the tensor. Quotients are rounded to nearest, as by a division of each value: what a first guess, by a block's
+    `inverse`, leaves of the value is exact (Markstein 1990)."""
+    maximum = tl.load(amax)
+    global_scale = tl.where(maximum > zero, tl.div_rn(maximum, 2688.0), zero_scale)
+    scale = tl.div_rn(_largest_magnitude(value), global_scale * 6.0)
+    scale = _clamp(tl.where(scale == 0, 1.0, scale), 0.001953125, 448.0)
+    step = _round_to_float(scale, 448.0, 0.015625, 1572864.0) * global_scale
+    inverse = tl.where(maximum <= zero, 0.0, tl.div_rn(1.0, step))
+    value = _clamp(value, -6.0 * step, 6.0 * step)
+    guess = value * inverse
+    scaled = tl.fma(tl.fma(-guess, step, value), inverse, guess)
+    return _to_grid(scaled, 1.0, 6291456.0) * step
 
 
 @triton.jit
@@ -109,18 +130,10 @@ def _grouped_kernel(
 def _nvfp4_kernel(
     x, amax, out, blocks, zero: tl.constexpr, zero_scale: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """E2M1 with an E4M3 scale for each block of SIZE, which its values give, times one scale for the tensor."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     offsets = block * SIZE + tl.arange(0, SIZE)[None, :]
     inside = block < blocks
-    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    maximum = tl.load(amax)
-    global_scale = tl.where(maximum > zero, tl.div_rn(maximum, 2688.0), zero_scale)
-    scale = tl.div_rn(_largest_magnitude(value), global_scale * 6.0)
-    scale = _clamp(tl.where(scale == 0, 1.0, scale), 0.001953125, 448.0)
-    step = _round_to_float(scale, 448.0, 0.015625, 1572864.0) * global_scale
-    scaled = tl.where(maximum <= zero, 0.0, tl.div_rn(value, step))
-    value = _round_to_float(scaled, 6.0, 1.0, 6291456.0) * step
+    value = nvfp4_values(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), amax, zero, zero_scale)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 

@@ -1,6 +1,7 @@
 """What a rank does for test_fp8_layouts.py, which starts it under torchrun: the gradients of a step with FP8 products
 and with fake-quantised ones, those of weights added by the product and by Megatron's hook, on one layout after the
-other; on LAYOUT:ways, with context parallelism, those of each way to attend.
+other; on LAYOUT:nvfp4, those with nvfp4 inputs that norms and SwiGLU round, and that the layers round; on LAYOUT:ways,
+with context parallelism, those of each way to attend.
 
 In: the JSON file to write, and the names of layouts.
 """
@@ -11,7 +12,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 64, "tie_word_embeddings": True,
 }  # fmt: skip
 EXPERTS = DENSE | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
-RECIPE = ("quant=fp8", "train.precision=fp32")
 
 
 def build(layout: str, hf_config: dict[str, Any], session: Any) -> nn.Module:
@@ -75,21 +75,16 @@ def added_by_the_hook() -> Iterator[None]:
         weight_gradients.ADDED_ON = devices
 
 
-def compare(layout: str, session: Any) -> dict[str, Any]:
-    """Relative differences of the loss and of all gradients, how many layers have FP8 products, how many inputs were
-    kept as codes, and how many products added their gradient; whether all is the same where no norm or SwiGLU writes an
-    input's codes."""
+def quantised(layout: str, session: Any, quant: str) -> tuple[nn.Module, Callable[[], tuple[list[float], Tensor]]]:
+    """A calibrated model, and what gives the losses of a step and all gradients of this rank's weights."""
     from megatron_edge.compose import compose
-    from megatron_edge.model import fused
     from megatron_edge.model.hf_config import checked_config
-    from megatron_edge.model.layers import RMSNorm, read_by_one
-    from megatron_edge.quantize import apply, fp8_gemm, policy
+    from megatron_edge.quantize import apply, policy
     from megatron_edge.train import step
 
-    added_of_values, added_of_codes = [], []
     hf_config = checked_config(EXPERTS if "E" in layout else DENSE, layout)
     model = build(layout, hf_config, session)
-    config = compose([*RECIPE])
+    config = compose([quant, "train.precision=fp32"])
     plan = policy.make_plan(config.quant, config.kv, hf_config)
     matches = apply.insert_quantizers(model, plan)
     batches = random_batches(4)
@@ -103,11 +98,25 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
         flat = [param.main_grad.flatten().clone() for param in wrapped.parameters() if param.requires_grad]
         return [float(part["total"]) for part in found], torch.cat(flat)
 
+    return wrapped, gradients
+
+
+def compare(layout: str, session: Any) -> dict[str, Any]:
+    """Relative differences of the loss and of all gradients, how many layers have FP8 products, how many inputs were
+    kept as codes, and how many products added their gradient; whether all is the same where no norm or SwiGLU writes an
+    input's codes."""
+    from megatron_edge.model import fused
+    from megatron_edge.model.layers import RMSNorm, read_by_one
+    from megatron_edge.quantize import fp8_gemm, written_inputs
+
+    added_of_values, added_of_codes = [], []
+    wrapped, gradients = quantised(layout, session, "quant=fp8")
     with added_by_the_hook():
         losses, expected = gradients()
     with counted_products(added_of_values):
         of_values = gradients()[1]
     used, kept = fp8_gemm.use(wrapped), 0
+    written_inputs.use(wrapped)
 
     def count(x: Tensor) -> Tensor:
         nonlocal kept
@@ -135,6 +144,17 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
     }
 
 
+def nvfp4(layout: str, session: Any) -> dict[str, Any]:
+    """How many inputs a norm or SwiGLU writes; whether loss and gradients are the same where the layer rounds them."""
+    from megatron_edge.quantize import written_inputs
+
+    wrapped, gradients = quantised(layout, session, "quant=nvfp4")
+    losses, expected = gradients()
+    written = written_inputs.use(wrapped)
+    again, ours = gradients()
+    return {"written": written, "same": losses == again and expected.equal(ours), "norm": float(ours.norm())}
+
+
 def ways(layout: str, session: Any) -> dict[str, list[float]]:
     """Relative differences of loss and gradients between attention by a mask and the other ways, for windows of one
     document, and of several."""
@@ -143,7 +163,7 @@ def ways(layout: str, session: Any) -> dict[str, list[float]]:
     from megatron_edge.train import placement, step
 
     model = build(layout, checked_config(DENSE, layout), session)
-    wrapped, _ = step.make_trainable(model, compose([*RECIPE]).train, torch.float32)
+    wrapped, _ = step.make_trainable(model, compose(["train.precision=fp32"]).train, torch.float32)
     whole = random_batches(2)
     documents = torch.zeros_like(whole[0].documents)
     documents[0, 5:] += 1
@@ -178,7 +198,7 @@ def main(output: Path, layouts: list[str]) -> None:
         place = {"rank": rank, "local_rank": int(os.environ["LOCAL_RANK"]), "store": PrefixStore(layout, store)}
         name, _, what = layout.partition(":")
         with open_session(layout_plan(name), **place, timeout_seconds=300, seed=1) as session:
-            found[layout] = session.gather((ways if what else compare)(name, session))
+            found[layout] = session.gather({"": compare, "nvfp4": nvfp4, "ways": ways}[what](name, session))
     if rank == 0:
         output.write_text(json.dumps(found, indent=1))
 

@@ -1,6 +1,6 @@
 """FP8 products, and products that add gradients of weights, where layouts cut or exchange what a linear layer multiplies,
-two processes with gloo: the gradients of fake-quantised ones that Megatron's hook adds, in fp32. And attention where
-context parallelism cuts the text."""
+two processes with gloo: the gradients of fake-quantised ones that Megatron's hook adds, in fp32. Likewise nvfp4 inputs
+that norms and SwiGLU round. And attention where context parallelism cuts the text."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ WORKER = Path(__file__).with_name("fp8_ranks.py")
 LAYOUTS = {
     "TP2": (8, 2), "TP2SPRC": (8, 2), "EP2": (12, 6), "TP2ETP2SP": (20, 10), "PP2": (4, 1), "CP2": (8, 2), "DP2": (8, 2),
 }  # fmt: skip
+# Layout -> inputs of a rank that a norm or SwiGLU writes: three of a layer; of one with experts, that of attention and
+# one of each expert.
+NVFP4_LAYOUTS = {"TP2SPRC:nvfp4": 6, "TP2:nvfp4": 6, "EP2:nvfp4": 6, "PP2:nvfp4": 3, "CP2:nvfp4": 6}
 CONTEXT_LAYOUTS = ("CP2:ways", "CP2RC:ways")
 MICRO_BATCHES = 4
 LIMIT = 1e-5  # of fp32 sums in another order
@@ -31,7 +34,7 @@ LIMIT = 1e-5  # of fp32 sums in another order
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     output = tmp_path_factory.mktemp("fp8") / "found.json"
     done = subprocess.run(
-        [*TORCHRUN, str(WORKER), str(output), *LAYOUTS, *CONTEXT_LAYOUTS],
+        [*TORCHRUN, str(WORKER), str(output), *LAYOUTS, *NVFP4_LAYOUTS, *CONTEXT_LAYOUTS],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -57,6 +60,13 @@ def test_weights_gradients_that_products_add(found: dict[str, list[dict[str, Any
         has_output = layout != "PP2" or index == 1
         assert rank["added"] == [MICRO_BATCHES * (LAYOUTS[layout][0] + has_output)] * 2
         assert rank["gradients_added"] < LIMIT
+
+
+@pytest.mark.parametrize("layout", NVFP4_LAYOUTS)
+def test_nvfp4_inputs_are_the_same_bits(found: dict[str, list[dict[str, Any]]], layout: str) -> None:
+    for rank in found[layout]:
+        assert rank["written"] == NVFP4_LAYOUTS[layout] and rank["norm"] > 0
+        assert rank["same"], "written by a norm or SwiGLU or by the layer itself"
 
 
 @pytest.mark.parametrize("layout", CONTEXT_LAYOUTS)

@@ -18,7 +18,6 @@ from torch import Tensor
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "unit"), str(HERE.parent)]
 
-from test_fp8_inputs import writing_nothing  # noqa: E402
 from test_graph_cuda import build  # noqa: E402
 from test_kernels_cuda import arguments, differing, maxima, shapes, values  # noqa: E402
 from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E402
@@ -26,7 +25,7 @@ from tiny_megatron import hf_config_of, random_batches, random_llama  # noqa: E4
 from megatron_edge.artifact import formats  # noqa: E402
 from megatron_edge.model.fp8_linear import USE_FAST_ACCUM, linear_of_codes, product  # noqa: E402
 from megatron_edge.model.layers import linear_of_values  # noqa: E402
-from megatron_edge.quantize import fp8_gemm, kernels  # noqa: E402
+from megatron_edge.quantize import fp8_gemm, kernels, written_inputs  # noqa: E402
 
 ABSENT = fp8_gemm.absent()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
@@ -180,8 +179,8 @@ def steps(
     stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(model, composed.train, torch.bfloat16, stream=stream)
     used = fp8_gemm.use(wrapped) if fp8 else {}
-    if not written:
-        writing_nothing(wrapped)
+    if written:
+        written_inputs.use(wrapped)
     gradients = StepGraph(stream) if stream is not None else step.forward_backward
     found = []
     for at in range(STEPS):  # other samples at each step

@@ -29,7 +29,7 @@ from triton_device import ABSENT, DEVICE, INTERPRETED  # noqa: E402
 
 from megatron_edge.artifact import formats  # noqa: E402
 from megatron_edge.model import fused  # noqa: E402
-from megatron_edge.quantize import fp8_inputs, kernels  # noqa: E402
+from megatron_edge.quantize import kernels, written_inputs  # noqa: E402
 
 if not ABSENT and not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
     ABSENT = "FP8 conversions need compute capability 8.9"
@@ -76,6 +76,7 @@ def operand(x: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def calibrated(amax: Tensor) -> Any:
     quantizer = torch.nn.Module()
     quantizer.register_buffer("_amax", amax)
+    quantizer.backend_extra_args = ARGS
     return quantizer
 
 
@@ -108,8 +109,10 @@ def compare(name: str, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
             "zero": torch.zeros_like(largest),
         }.items():  # fmt: skip
             quantizer = calibrated(amax)
-            value = fp8_inputs.rms_norm(quantizer, *inputs, EPS) if norm else fp8_inputs.swiglu(quantizer, *inputs)
-            written = fp8_inputs.taken(value, quantizer)
+            value = (
+                written_inputs.rms_norm(quantizer, *inputs, EPS) if norm else written_inputs.swiglu(quantizer, *inputs)
+            )
+            written = written_inputs.taken(value, quantizer)
             assert written is not None
             theirs = operand(result, amax)
             reference = formats.fp8_operand("fp8", result, amax)

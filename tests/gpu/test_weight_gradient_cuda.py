@@ -111,7 +111,7 @@ def test_a_models_buffers(session: Any, recipe: str, tied: bool, monkeypatch: py
     from megatron.core.tensor_parallel import layers
 
     from megatron_edge.compose import compose
-    from megatron_edge.quantize import fp8_gemm
+    from megatron_edge.quantize import fp8_gemm, written_inputs
     from megatron_edge.train import step
 
     llama, calls = random_llama(tie_word_embeddings=tied), []
@@ -128,6 +128,7 @@ def test_a_models_buffers(session: Any, recipe: str, tied: bool, monkeypatch: py
         model = quantised(llama, session, RECIPES[recipe], torch.bfloat16).train()
     if recipe == "fp8" and not fp8_gemm.absent():
         assert fp8_gemm.use(model) == {"used": 8}
+    written_inputs.use(model)
     wrapped, _ = step.make_trainable(model, compose(["train.steps=8"]).train, torch.bfloat16)
     ours = filled(wrapped, session)
     assert calls == [64] * 2 * 9, "two micro-batches of four layers in each of two, and the output layer"

@@ -20,7 +20,7 @@ from megatron_edge.model import fused
 from megatron_edge.model.build import chunks_of
 from megatron_edge.model.fp8_linear import linear_of_codes
 from megatron_edge.model.layers import read_by_one
-from megatron_edge.quantize import apply, fp8_gemm, fp8_inputs, kernels
+from megatron_edge.quantize import apply, fp8_gemm, kernels, written_inputs
 
 EPS = 1e-6
 OURS = {"_RMSNormOperandBackward", "_SwiGLUOperandBackward"}
@@ -28,11 +28,11 @@ NO_SETTINGS = (None, False, False, False, None, None, None)
 INPUT = {"role": "input", "format": "fp8", "group_size": 0}
 
 
-def calibrated(amax: float) -> Any:
+def calibrated(amax: float, fmt: str = "fp8") -> Any:
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     quantizer = TensorQuantizer()
-    quantizer.backend_extra_args = INPUT
+    quantizer.backend_extra_args = INPUT | {"format": fmt}
     apply.set_amax(quantizer, torch.tensor(amax))
     return quantizer
 
@@ -48,8 +48,8 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
 def written_by(what: str, quantizer: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """(ours, the plain one) of the same inputs."""
     if what == "norm":
-        return lambda x, w: fp8_inputs.rms_norm(quantizer, x, w, EPS), lambda x, w: fused.rms_norm(x, w, EPS)
-    return lambda x: fp8_inputs.swiglu(quantizer, x), fused.swiglu
+        return lambda x, w: written_inputs.rms_norm(quantizer, x, w, EPS), lambda x, w: fused.rms_norm(x, w, EPS)
+    return lambda x: written_inputs.swiglu(quantizer, x), fused.swiglu
 
 
 def inputs_of(what: str, dtype: torch.dtype, spoilt: bool) -> list[Tensor]:
@@ -71,8 +71,8 @@ def test_bits_of_the_two_steps(what: str, dtype: torch.dtype, spoilt: bool, maxi
     value, result = ours(*inputs), plain(*again)
     codes, scale, expected = kernels.fp8_operand(INPUT, result.detach(), quantizer._buffers["_amax"], with_values=True)
     assert expected is not None
-    written = fp8_inputs.taken(value, quantizer)
-    assert written is not None and fp8_inputs.taken(value, quantizer) is None
+    written = written_inputs.taken(value, quantizer)
+    assert written is not None and written_inputs.taken(value, quantizer) is None
     assert same(written[0], codes) and same(written[1], scale) and same(value, expected)
     assert same(kernels.fp8_values(codes, scale, dtype), expected), "what backward made of codes"
     gradient = awkward(*value.shape).to(dtype)
@@ -97,9 +97,9 @@ def test_a_value_rounded_again_is_itself(dtype: torch.dtype) -> None:
 
 def test_codes_of_another_quantizer_are_not_taken() -> None:
     mine, other = calibrated(4.0), calibrated(4.0)
-    value = fp8_inputs.swiglu(mine, awkward(8, 32))
-    assert fp8_inputs.taken(value, other) is None and fp8_inputs.taken(value, mine) is None, "and do not stay"
-    assert fp8_inputs.taken(torch.zeros(2), mine) is None
+    value = written_inputs.swiglu(mine, awkward(8, 32))
+    assert written_inputs.taken(value, other) is None and written_inputs.taken(value, mine) is None, "and do not stay"
+    assert written_inputs.taken(torch.zeros(2), mine) is None
 
 
 @pytest.mark.parametrize("what", ["norm", "swiglu"])
@@ -112,7 +112,7 @@ def test_codes_live_until_the_product(what: str) -> None:
     operand = kernels.fp8_operand(of_weight, weight.detach(), weight.detach().abs().max().float(), with_values=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         value = written_by(what, quantizer)[0](*inputs)
-        written = fp8_inputs.taken(value, quantizer)
+        written = written_inputs.taken(value, quantizer)
         assert written is not None
         seen = weakref.ref(written[0])
         out = linear_of_codes()(value, weight, *written, *operand, None, *NO_SETTINGS)
@@ -141,6 +141,7 @@ def test_a_models_step_has_the_same_bits(
     logging.getLogger("megatron_edge").propagate = True
     model = quantised(llama, session, RECIPES["fp8"], dtype).train()
     fp8_gemm.use(model)
+    written_inputs.use(model)
     assert "a norm or SwiGLU writes 6 of the inputs" in caplog.text
     losses, gradients, kinds = loss_and_gradients(model, session)
     assert kinds >= OURS
@@ -156,6 +157,7 @@ def test_a_value_without_its_codes(llama: Any, session: Any) -> None:
     """As a checkpoint of the layer alone would hand it on: the layer makes them again, and keeps them."""
     model = quantised(llama, session, RECIPES["fp8"], torch.float32).train()
     fp8_gemm.use(model)
+    written_inputs.use(model)
     layer = chunks_of(model)[0].decoder.layers[0]
     x, found = torch.randn(8, 2, layer.config.hidden_size), []
     for is_whole in (True, False):
@@ -172,6 +174,7 @@ def test_a_value_without_its_codes(llama: Any, session: Any) -> None:
 def test_only_where_the_layer_takes_them(llama: Any, session: Any) -> None:
     model = quantised(llama, session, RECIPES["fp8"], torch.float32)
     fp8_gemm.use(model)
+    written_inputs.use(model)
 
     def kinds() -> set[str]:
         return loss_and_gradients(model, session)[2] & OURS
@@ -194,6 +197,7 @@ def test_only_where_the_layer_takes_them(llama: Any, session: Any) -> None:
         layer.mlp.linear_fc2.weight.requires_grad_(False)
     assert kinds() == {"_RMSNormOperandBackward"}, "the weight is frozen"
     fp8_gemm.use(model)
+    written_inputs.use(model)
     for owner, name, linear in owners(model):
         assert (getattr(owner, name) is fused.swiglu) == (linear is getattr(owner, "linear_fc2", None))
     empty = chunks_of(model)[0].decoder.layers[0].pre_mlp_layernorm(torch.empty(0, 2, llama.config.hidden_size))

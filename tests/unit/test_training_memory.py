@@ -17,7 +17,7 @@ from megatron_edge.families import dims_of
 from megatron_edge.model.build import build_model, chunks_of, forward
 from megatron_edge.model.cross_entropy import vocab_parallel_cross_entropy
 from megatron_edge.model.hf_config import checked_config
-from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt
+from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt, written_inputs
 from megatron_edge.quantize.policy import make_plan
 from megatron_edge.train.data import Batch
 from megatron_edge.train.placement import to_device
@@ -74,6 +74,7 @@ def saved_bytes(raw: dict[str, Any], config: RunConfig, session: Any) -> tuple[i
     apply.set_weight_cache(model, config.train.cache_weights)
     if config.train.fp8_gemm:
         fp8_gemm.use(model)
+    written_inputs.use(model)
     return kept_by_autograd(model, batch, session)
 
 

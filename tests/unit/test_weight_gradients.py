@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_edge.compose import compose
 from megatron_edge.model.build import chunks_of, forward, named_shards
-from megatron_edge.quantize import adapters, apply, fp8_gemm, plain_modelopt
+from megatron_edge.quantize import adapters, apply, fp8_gemm, plain_modelopt, written_inputs
 from megatron_edge.runtime import compat, weight_gradients
 from megatron_edge.train import placement, step
 
@@ -157,6 +157,7 @@ def test_quantised_layers(llama: Any, session: Any, added: list[int], recipe: st
     model = quantised(llama, session, RECIPES["fp8" if recipe == "codes" else recipe], torch.float32).train()
     if recipe == "codes":
         assert fp8_gemm.use(model) == {"used": LINEARS - 1}
+    written_inputs.use(model)
     expected = autograds(model, session)
     wrapped, _ = trainable(model)
     assert furthest(buffers(wrapped, session), expected) < TOLERANCE

@@ -1,0 +1,163 @@
+"""RMSNorm and SwiGLU that round their result for the linear layer that reads it, in one pass: they give the
+fake-quantised value, which that layer keeps for backward, and for an FP8 product with it the codes that it multiplies.
+
+The gradient is that of the plain function, straight through the rounding. That a value is rounded, and its codes,
+travel as an attribute of it, which the layer takes off: rounded again, an nvfp4 value could be another. It is done in
+training alone, where nothing else reads the value and nothing looks at it on its way. Called by jobs (use) and
+direct.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_edge.model import fused
+from megatron_edge.model.build import named_modules
+from megatron_edge.model.fused import RMSNormFunction, SwiGLUFunction
+from megatron_edge.model.layers import RMSNorm, read_by_one
+from megatron_edge.quantize import fp8_gemm, kernels
+
+log = logging.getLogger("megatron_edge")
+
+VALUES_OF = ("nvfp4",)  # formats of inputs whose value alone is written; without them it is for FP8 products alone
+
+
+def use(model: nn.Module) -> int:
+    """Has the shard's norms and SwiGLU write the inputs of the layers after them, where those take them rounded, and no
+    others. After calibration (or a checkpoint), adapters and fp8_gemm.use; in place.
+
+    Returns:
+        How many do.
+    """
+    count = 0
+    for _, module in named_modules(model):
+        for owner, name, linear in read_by_one(module):
+            plain, ours = (fused.rms_norm, _rms_norm) if isinstance(owner, RMSNorm) else (fused.swiglu, _swiglu)
+            writes = linear.__dict__.get("_fp8_product", False) or _takes_values(linear)
+            # A proxy: what keeps its owner is freed with it by garbage collection alone.
+            setattr(owner, name, functools.partial(ours, weakref.proxy(owner), linear) if writes else plain)
+            count += writes
+    if count:
+        log.info("in training a norm or SwiGLU writes %d of the inputs of rank 0's linear layers, rounded", count)
+    return count
+
+
+def _rms_norm(norm: Any, linear: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _will_take(norm, linear, x):
+        return rms_norm(linear._modules["input_quantizer"], x, weight, eps)
+    return fused.rms_norm(x, weight, eps)
+
+
+def _swiglu(mlp: Any, linear: Any, x: Tensor) -> Tensor:
+    if _will_take(mlp, linear, x):
+        return swiglu(linear._modules["input_quantizer"], x)
+    return fused.swiglu(x)
+
+
+def _will_take(owner: Any, linear: Any, x: Tensor) -> bool:
+    """Whether `linear` will take what comes of x rounded, and nobody looks at that on its way."""
+    state = linear.__dict__
+    if owner.__dict__["_forward_hooks"] or state["_forward_pre_hooks"] or state["_forward_hooks"]:
+        return False
+    if not linear._is_direct(None):
+        return False
+    return fp8_gemm.takes(linear, x) or (linear.training and x.numel() > 0 and _takes_values(linear))
+
+
+def _takes_values(linear: Any) -> bool:
+    """Whether direct.py has a layer multiply its input as it is, where that comes rounded, and its format is one of
+    those."""
+    if not getattr(linear, "takes_values", False):
+        return False
+    state = linear._modules["input_quantizer"].__dict__
+    return not state["_disabled"] and (state["backend_extra_args"] or {}).get("format") in VALUES_OF
+
+
+class _RMSNormOperand(torch.autograd.Function):
+    """Keeps what the plain norm keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scale, value, inverse = kernels.rms_norm_operand(amax, x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.mark_non_differentiable(codes, scale)
+        ctx.set_materialize_grads(False)
+        return value, codes, scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return *RMSNormFunction.backward(ctx, gradients[0]), None
+
+
+class _SwiGLUOperand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scale, value = kernels.swiglu_operand(amax, x)
+        ctx.save_for_backward(x)
+        ctx.mark_non_differentiable(codes, scale)
+        ctx.set_materialize_grads(False)
+        return value, codes, scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return SwiGLUFunction.backward(ctx, gradients[0]), None
+
+
+class _RMSNormValues(torch.autograd.Function):
+    """As above, of nvfp4."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, amax: Tensor) -> Tensor:
+        value, inverse = kernels.rms_norm_values(amax, x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return *RMSNormFunction.backward(ctx, gradient), None
+
+
+class _SwiGLUValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return kernels.swiglu_values(amax, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return SwiGLUFunction.backward(ctx, gradient), None
+
+
+def rms_norm(quantizer: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """quantizer(fused.rms_norm(x, weight, eps)) of the quantizer of an fp8 or nvfp4 input; marked for `taken`, of fp8
+    with codes."""
+    amax = quantizer._buffers["_amax"]
+    if quantizer.__dict__["backend_extra_args"]["format"] in VALUES_OF:
+        return _marked(quantizer, _RMSNormValues.apply(x, weight, eps, amax))
+    return _marked(quantizer, *_RMSNormOperand.apply(x, weight, eps, amax))
+
+
+def swiglu(quantizer: Any, x: Tensor) -> Tensor:
+    """quantizer(fused.swiglu(x)), likewise."""
+    amax = quantizer._buffers["_amax"]
+    if quantizer.__dict__["backend_extra_args"]["format"] in VALUES_OF:
+        return _marked(quantizer, _SwiGLUValues.apply(x, amax))
+    return _marked(quantizer, *_SwiGLUOperand.apply(x, amax))
+
+
+def _marked(quantizer: Any, value: Tensor, *codes: Tensor) -> Tensor:
+    value.__dict__["_written"] = quantizer, *codes
+    return value
+
+
+def taken(x: Tensor, quantizer: Any) -> tuple[Tensor, ...] | None:
+    """Where x came rounded as `quantizer` does: the (codes, scale) that it stands for, or () where it came alone. x has
+    them no longer, or they would live until backward as x does."""
+    written = x.__dict__.pop("_written", None)
+    return written[1:] if written is not None and written[0] is quantizer else None
