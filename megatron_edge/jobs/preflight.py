@@ -141,7 +141,7 @@ def check_backend(config: RunConfig) -> None:
 
 def records_steps(config: RunConfig, hf_config: dict) -> bool:
     """Whether forward and backward become a CUDA graph (train/graph.py): as train.cuda_graph says, or where it can be.
-    What tensor- and context-parallel ranks and stages exchange is then in the graph.
+    Exchanges between tensor- and context-parallel ranks are then in the graph.
 
     Raises:
         InputError: train.cuda_graph=true where it cannot be.
@@ -150,8 +150,8 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
 
     parallel, wanted = config.parallel, config.train.cuda_graph
     obstacles = []
-    if parallel.virtual_pipeline > 1:
-        obstacles.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} (1 is allowed)")
+    if parallel.pipeline > 1:
+        obstacles.append(f"parallel.pipeline={parallel.pipeline} exchanges as the host says (1 is allowed)")
     if not torch.cuda.is_available():
         obstacles.append("there is no CUDA device")
     if dims_of(hf_config).num_experts:
@@ -159,7 +159,7 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
     if config.model.backend == "te":  # whose layers exchange and keep random states by themselves
         obstacles += [
             f"parallel.{name}={value} with model.backend=te (local is allowed)"
-            for name in ("tensor", "pipeline", "context", "recompute")
+            for name in ("tensor", "context", "recompute")
             for value in [getattr(parallel, name)]
             if value not in (1, "none")
         ]

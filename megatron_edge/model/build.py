@@ -90,8 +90,6 @@ def _pipeline_settings(num_layers: int, plan: ParallelPlan) -> dict[str, Any]:
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     settings: dict[str, Any] = {"pipeline_model_parallel_size": plan.pp, "pipeline_model_parallel_layout": layout}
-    # p2p_communication.py:395 has the host wait after each exchange, for torch of before 2.1, which a stream does here
-    settings["batch_p2p_sync"] = False
     if plan.vpp > 1:
         settings["virtual_pipeline_model_parallel_size"] = plan.vpp
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
