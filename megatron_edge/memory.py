@@ -346,9 +346,9 @@ def _router_bytes(dims: ModelDims, size: int) -> int:
 
 
 def _keeps_codes(config: RunConfig) -> bool:
-    """Whether all linear layers multiply FP8 numbers in training (quantize/fp8_gemm.py): inputs that they round
-    themselves are kept so."""
-    if not config.train.fp8_gemm or config.train.lora_rank is not None:
+    """Whether linear layers multiply FP8 numbers in training (quantize/fp8_gemm.py), and keep what they round so."""
+    is_split = config.model.backend == "te" and config.parallel.tensor > 1
+    if not config.train.fp8_gemm or config.train.lora_rank is not None or is_split:
         return False
     return all(
         part.activation == "fp8" and (part.weight == "fp8" or (part.weight == "int4" and part.group_size == 128))

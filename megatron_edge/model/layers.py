@@ -160,15 +160,6 @@ def transformer_engine_classes() -> tuple[type[nn.Module], ...]:
     return (te.TEColumnParallelLinear, te.TERowParallelLinear) if te.HAVE_TE else ()
 
 
-def reduced(x: Tensor, sequence_parallel: bool, group: Any) -> Tensor:
-    """What a row-parallel layer gives of its tensor ranks' parts of the sum: [s, b, h] -> that, or [s / tp, b, h]."""
-    from megatron.core.tensor_parallel import mappings
-
-    if sequence_parallel:
-        return mappings.reduce_scatter_to_sequence_parallel_region(x, group=group)
-    return mappings.reduce_from_tensor_model_parallel_region(x, group=group)
-
-
 def read_by_one(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """What of one of Megatron's modules is read by one linear layer, and by nothing else: the norms of a layer, but for
     one before experts, which their router reads too, and a MLP's activation.

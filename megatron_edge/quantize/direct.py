@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_edge.model.fp8_linear import linear_of_codes
-from megatron_edge.model.layers import linear_classes, linear_of_values, reduced, transformer_engine_classes
+from megatron_edge.model.layers import linear_classes, linear_of_values, transformer_engine_classes
 from megatron_edge.quantize import fp8_gemm, kernels, written_inputs
 
 # As Megatron's function takes them, after input and weight; its layers pass them by name, a row-parallel one not all.
@@ -113,7 +113,7 @@ def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, An
 
 def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
     class DirectTELinear(_Direct, upstream):
-        """Its own product; or ours of FP8 numbers, with Megatron's exchanges between tensor-parallel ranks."""
+        """Its own product; or ours of FP8 numbers, where tensor parallelism does not split the layer."""
 
         _backend = backend
         takes_values = True
@@ -122,17 +122,10 @@ def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
             written = written_inputs.taken(x, self._modules["input_quantizer"])
             if not (self._is_direct(None) and fp8_gemm.takes(self, x)):
                 return super().forward(x) if written != () else self._of_value(x)
-            bias, is_column = self.bias if self.use_bias else None, self.parallel_mode == "column"
-            split = is_column and self.tp_size > 1
-            of_sequence = split and self.sequence_parallel
-            added = bias if is_column and not self.te_return_bias else None
-            settings = added, False, split and not of_sequence, of_sequence, None, None, self.tp_group
+            bias = self.bias if self.use_bias else None
+            settings = None if self.te_return_bias else bias, False, False, False, None, None, self.tp_group
             out = _fp8_product(self, x, self._parameters["weight"], written, settings)
-            if self.parallel_mode == "row" and self.tp_size > 1:
-                out = reduced(out, self.sequence_parallel, self.tp_group)
-            if bias is None or added is not None:
-                return out, None
-            return (out, bias) if self.te_return_bias else (out + bias, None)
+            return out, bias if self.te_return_bias else None
 
         def _of_value(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             """x comes as its quantizer rounds it."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_edge.model.build import named_modules
 from megatron_edge.model.fp8_linear import USE_FAST_ACCUM
+from megatron_edge.model.layers import transformer_engine_classes
 from megatron_edge.quantize import kernels
 
 log = logging.getLogger("megatron_edge")
@@ -75,6 +76,8 @@ def _obstacle(layer: Any, weight_format: str) -> str:
     weight = getattr(layer, "weight", None)
     if not hasattr(layer, "_is_direct") or weight is None:
         return "layers that are neither Megatron's nor TransformerEngine's"
+    if isinstance(layer, transformer_engine_classes()) and layer.tp_size > 1:
+        return "TransformerEngine's layers under tensor parallelism"
     if getattr(layer.weight_quantizer, "_route", None) is not None:
         return "adapters take the gradient of the weight"
     if not weight.requires_grad:
