@@ -101,7 +101,7 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     from megatron_edge.memory import training_plan
     from megatron_edge.model.build import build_model, load_weights
     from megatron_edge.model.hf_config import checked_config
-    from megatron_edge.quantize import apply, fp8_gemm, policy, written_inputs
+    from megatron_edge.quantize import apply, policy, written_inputs
     from megatron_edge.train import graph, step
     from megatron_edge.train.distill import Distillation
 
@@ -126,9 +126,7 @@ def steps(chosen: argparse.Namespace, layout: str, session: Any) -> dict[str, An
     wrapped, optimizer = step.make_trainable(
         model, config.train, torch.bfloat16, distributed_optimizer=layout.endswith("DO"), stream=stream
     )
-    if config.train.fp8_gemm:
-        fp8_gemm.use(wrapped)
-    written_inputs.use(wrapped)
+    written_inputs.use(wrapped, config.train.fp8_gemm)
     gradients = graph.StepGraph(stream) if stream is not None else step.forward_backward
     step.learning_rate_schedule(optimizer, config.train).step(1)
     objective: step.Objective = step.LABELS

@@ -1,4 +1,5 @@
-"""Losses of QAT steps with our quantizers and with modelopt's own: same model, data, order, optimizer; several seeds.
+"""Losses of QAT steps with our quantizers and with modelopt's own: same model, data, order, optimizer and maxima;
+several seeds.
 
 python tools/step_curves.py --out DIR --model-source DIR_OR_GGUF [--formats int4 fp8] [--seeds 1 2 3] [--steps 200]
     [--scales snapped] [--parallel 6] [-- OVERRIDES OF launch/qat.py ...]
@@ -189,7 +190,7 @@ def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_d
     """The decoder's linear layers, both kinds with the same groups: of int4, the largest up to 128 that fits all."""
     from megatron_edge import memory
     from megatron_edge.jobs.contenders import quant_of
-    from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt, policy, written_inputs
+    from megatron_edge.quantize import apply, plain_modelopt, policy, written_inputs
 
     quant, group_size = quant_of(config, fmt), None
     if fmt == "int4":
@@ -204,9 +205,7 @@ def quantise(config: Any, fmt: str, kind: str, model: Any, hf_config: Any, run_d
         return
     plan = policy.make_plan(quant, config.kv, hf_config)
     apply.calibrate(model, plan, apply.insert_quantizers(model, plan), run_data)
-    if config.train.fp8_gemm:
-        fp8_gemm.use(model)
-    written_inputs.use(model)
+    written_inputs.use(model, config.train.fp8_gemm)
 
 
 def snap(model: Any, quant: Any) -> None:

@@ -65,9 +65,9 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     Raises:
         InputError: one that is not.
     """
-    config = replace(config, train=native(config.train))
     checks.check_run_dir(config)
     check_backend(config)
+    config = replace(config, train=native(config.train))
     bench, hf_config = config.bench, contenders.hf_config_of(config)
     checks.check_model_dims(config, hf_config)
     records_steps(config, hf_config)

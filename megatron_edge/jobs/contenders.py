@@ -24,7 +24,7 @@ from megatron_edge.jobs.preflight import records_steps
 from megatron_edge.jobs.training import DTYPES
 from megatron_edge.model.build import build_model, chunks_of, named_shards
 from megatron_edge.model.hf_config import checked_config
-from megatron_edge.quantize import apply, fp8_gemm, plain_modelopt, policy, written_inputs
+from megatron_edge.quantize import apply, plain_modelopt, policy, written_inputs
 from megatron_edge.runtime.session import Session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.train import graph, step
@@ -141,9 +141,7 @@ def build(config: RunConfig, session: Session, name: str, fmt: str, stream: torc
         plan = policy.make_plan(quant_of(config, fmt), config.kv, hf_config)
         matches = apply.insert_quantizers(model, plan)
         apply.calibrate(model, plan, matches, run_data)
-        if config.train.fp8_gemm:
-            fp8_gemm.use(model)
-        written_inputs.use(model)
+        written_inputs.use(model, config.train.fp8_gemm)
     elif name == "modelopt":
         plain_modelopt.quantize(model, fmt, run_data)
     train = replace(config.train, steps=10_000, warmup_steps=0)

@@ -45,8 +45,8 @@ def prepare(config: RunConfig, layout: ParallelPlan) -> RunConfig:
     Raises:
         InputError: any of it is not so.
     """
-    config = replace(config, train=native(config.train))
     check_backend(config)
+    config = replace(config, train=native(config.train))
     check_tracker(config)
     source = open_model(config.model)
     teacher = teacher_source(config, source)
@@ -128,11 +128,21 @@ def check_backend(config: RunConfig) -> None:
     """Asking for an accelerator that is absent is an error, never a silent fallback."""
     import torch
 
-    backend = config.model.backend
+    backend, tensor = config.model.backend, config.parallel.tensor
+    if backend == "te" and config.train.fp8_gemm and tensor > 1:
+        raise InputError(
+            f"train.fp8_gemm=true: TransformerEngine's layers have no FP8 products with parallel.tensor={tensor} (1 is "
+            "allowed, or model.backend=local); allowed here: null, false"
+        )
     wanted = _ACCELERATORS.get(backend, {})
     missing = [name for name, modules in wanted.items() if not all(map(find_spec, modules))]
     if wanted and not torch.cuda.is_available():
         missing.append("a CUDA device")
+    if backend == "te" and not missing:
+        from megatron_edge.quantize import direct
+
+        if not direct.knows_transformer_engine():
+            missing.append("ModelOpt's plugin for it (modelopt.torch.quantization.plugins.megatron)")
     if missing:
         raise InputError(
             f"model.backend={config.model.backend}: {' and '.join(missing)} is missing here; allowed: local"
@@ -151,7 +161,7 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
     parallel, wanted = config.parallel, config.train.cuda_graph
     obstacles = []
     if parallel.pipeline > 1:
-        obstacles.append(f"parallel.pipeline={parallel.pipeline} exchanges as the host says (1 is allowed)")
+        obstacles.append(f"parallel.pipeline={parallel.pipeline}, whose recorded exchanges hung (1 is allowed)")
     if not torch.cuda.is_available():
         obstacles.append("there is no CUDA device")
     if dims_of(hf_config).num_experts:

@@ -29,7 +29,7 @@ from megatron_edge.jobs.teacher import teacher_source
 from megatron_edge.log import MetricsWriter, TrainingProgress
 from megatron_edge.model.build import build_model, load_weights
 from megatron_edge.model.source import ModelSource, open_model
-from megatron_edge.quantize import adapters, apply, awq, clip, fp8_gemm, policy, smoothquant, written_inputs
+from megatron_edge.quantize import adapters, apply, awq, clip, policy, smoothquant, written_inputs
 from megatron_edge.runtime.session import Session, open_session
 from megatron_edge.runtime.watchdog import mark
 from megatron_edge.tracking import tracked
@@ -304,9 +304,7 @@ def _train(run: _Run, model: nn.Module, found: checkpoints.CheckpointInfo) -> nn
     if found.step > 0:
         checkpoints.load_checkpoint(found, wrapped, optimizer, run.plan, session)
     batches = BatchPlan(run.data.train, config.train.global_batch, config.train.micro_batch)
-    if config.train.fp8_gemm:
-        fp8_gemm.use(wrapped)
-    written_inputs.use(wrapped)
+    written_inputs.use(wrapped, config.train.fp8_gemm)
     objective = _objective(run)
     with recorded_steps(config, session, found.step, steps) as report:
         fit(

@@ -1,11 +1,12 @@
-"""Megatron's linear layers with quantised operands, without the host time of modelopt's way to them.
+"""Linear layers with quantised operands: Megatron's without the host time of modelopt's way to them, those and
+TransformerEngine's with products of FP8 numbers, and with inputs that come rounded.
 
 modelopt replaces two functions of Megatron for the time of each forward, runs a long TensorQuantizer.forward for each
 of three quantizers, two of them often disabled, and puts a node into the autograd graph for each operand: a quarter of
 a millisecond for a layer, in which a small model's kernels are done. Here, while a layer's quantizers do nothing but
 quantise with our numerics, they are asked at once and the straight-through gradient is the linear function's own. In
-every other state (calibration, hooks, an adapter, a frozen weight) the layer goes modelopt's way; the values and
-gradients are the same bits. Called by apply.
+every other state (calibration, hooks, an adapter, a frozen weight) the layer goes modelopt's way; values and gradients
+are the same bits, but those of FP8 products (fp8_gemm.py). Called by apply.
 """
 
 from __future__ import annotations
@@ -44,13 +45,21 @@ def through(x: Tensor, quantizer: Any, backend: str, entry: Callable[[Tensor, An
     return x if quantizer.__dict__["_disabled"] or not x.numel() else entry(x, quantizer)
 
 
+def knows_transformer_engine() -> bool:
+    """Whether TransformerEngine is here, and modelopt has quantizers for Megatron's layers of it: without a word it
+    leaves them out where it cannot import one of them."""
+    from modelopt.torch.quantization.plugins import megatron
+
+    return bool(megatron.HAS_TE and transformer_engine_classes())
+
+
 def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
     """Has modelopt make our classes of linear layers from now on. `quantised(x, quantizer)` is what an
     enabled quantizer of `backend` makes of x, without gradient."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
     kinds: list[tuple[type, Callable[..., Any]]] = [(layer, _megatron_class) for layer in linear_classes()]
-    of_te = transformer_engine_classes()
+    of_te = transformer_engine_classes() if knows_transformer_engine() else ()
     if of_te:  # modelopt takes the first class with a layer's forward, which its base has too; of that we build none
         QuantModuleRegistry.unregister(of_te[0].__base__)
     for layer, made in [*kinds, *((layer, _transformer_engine_class) for layer in of_te)]:
@@ -86,7 +95,6 @@ def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, An
 
     class DirectLinear(_Direct, upstream):
         _backend = backend
-        takes_values = True  # which a norm or SwiGLU rounded: written_inputs.py
 
         def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             given = () if weight is None else (weight,)
@@ -116,7 +124,6 @@ def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
         """Its own product; or ours of FP8 numbers, where tensor parallelism does not split the layer."""
 
         _backend = backend
-        takes_values = True
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             written = written_inputs.taken(x, self._modules["input_quantizer"])
@@ -160,7 +167,7 @@ def _put(layer: type, made: Any) -> None:
 
 @contextlib.contextmanager
 def modelopts_own() -> Iterator[None]:
-    """Inside, modelopt makes its own classes of Megatron's linear layers; models that there are stay as they are."""
+    """Inside, modelopt makes its own classes of linear layers; models that there are stay as they are."""
     for layer, (_, base) in _classes.items():
         _put(layer, base)
     try:

@@ -76,7 +76,7 @@ def _obstacle(layer: Any, weight_format: str) -> str:
     weight = getattr(layer, "weight", None)
     if not hasattr(layer, "_is_direct") or weight is None:
         return "layers that are neither Megatron's nor TransformerEngine's"
-    if isinstance(layer, transformer_engine_classes()) and layer.tp_size > 1:
+    if isinstance(layer, transformer_engine_classes()) and layer.config.tensor_model_parallel_size > 1:
         return "TransformerEngine's layers under tensor parallelism"
     if getattr(layer.weight_quantizer, "_route", None) is not None:
         return "adapters take the gradient of the weight"

@@ -25,16 +25,21 @@ from megatron_edge.quantize import fp8_gemm, kernels
 
 log = logging.getLogger("megatron_edge")
 
+# Of a layer: a backward hook has it called with another tensor, which has no mark.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 VALUES_OF = ("nvfp4",)  # formats of inputs whose value alone is written; without them it is for FP8 products alone
 
 
-def use(model: nn.Module) -> int:
+def use(model: nn.Module, fp8_products: bool | None = False) -> int:
     """Has the shard's norms and SwiGLU write the inputs of the layers after them, where those take them rounded, and no
-    others. After calibration (or a checkpoint), adapters and fp8_gemm.use; in place.
+    others; before that, where `fp8_products`, has the layers multiply FP8 numbers (fp8_gemm.use). After calibration (or
+    a checkpoint) and adapters; in place.
 
     Returns:
         How many do.
     """
+    if fp8_products:
+        fp8_gemm.use(model)
     count = 0
     for _, module in named_modules(model):
         for owner, name, linear in read_by_one(module):
@@ -62,10 +67,7 @@ def _swiglu(mlp: Any, linear: Any, x: Tensor) -> Tensor:
 
 def _will_take(owner: Any, linear: Any, x: Tensor) -> bool:
     """Whether `linear` will take what comes of x rounded, and nobody looks at that on its way."""
-    state = linear.__dict__
-    if owner.__dict__["_forward_hooks"] or state["_forward_pre_hooks"] or state["_forward_hooks"]:
-        return False
-    if not linear._is_direct(None):
+    if owner.__dict__["_forward_hooks"] or any(linear.__dict__[kind] for kind in _HOOKS) or not linear._is_direct(None):
         return False
     return fp8_gemm.takes(linear, x) or (linear.training and x.numel() > 0 and _takes_values(linear))
 
@@ -73,7 +75,7 @@ def _will_take(owner: Any, linear: Any, x: Tensor) -> bool:
 def _takes_values(linear: Any) -> bool:
     """Whether direct.py has a layer multiply its input as it is, where that comes rounded, and its format is one of
     those."""
-    if not getattr(linear, "takes_values", False):
+    if not hasattr(linear, "_is_direct"):
         return False
     state = linear._modules["input_quantizer"].__dict__
     return not state["_disabled"] and (state["backend_extra_args"] or {}).get("format") in VALUES_OF

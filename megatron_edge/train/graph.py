@@ -27,12 +27,14 @@ EAGER_STEPS = 2  # libraries and communicators set themselves up at their first 
 
 @dataclass
 class _Recording:
-    """What a graph reads and writes: its inputs, what the objective reports, and the number of tokens."""
+    """What a graph reads and writes: its inputs, what the objective reports, the number of tokens, and the buffers that
+    sequence parallelism gathers into, which Megatron replaces where a larger forward pass comes by."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[DeviceBatch]
     found: list[dict[str, Tensor]]
     num_tokens: Tensor
+    buffers: list[Tensor]
 
 
 class StepGraph:
@@ -69,6 +71,8 @@ class StepGraph:
     def _record(
         self, model: nn.ModuleList, inputs: list[DeviceBatch], session: Session, objective: Objective
     ) -> _Recording:
+        from megatron.core.parallel_state import get_global_memory_buffer
+
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with (
@@ -76,7 +80,7 @@ class StepGraph:
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             found = forward_backward(model, inputs, session, objective)
-        return _Recording(graph, inputs, found, counted[0])
+        return _Recording(graph, inputs, found, counted[0], list(get_global_memory_buffer().buffer.values()))
 
 
 def launched_one_by_one(

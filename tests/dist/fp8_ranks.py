@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,14 +146,43 @@ def compare(layout: str, session: Any) -> dict[str, Any]:
 
 
 def nvfp4(layout: str, session: Any) -> dict[str, Any]:
-    """How many inputs a norm or SwiGLU writes; whether loss and gradients are the same where the layer rounds them."""
-    from megatron_edge.quantize import written_inputs
+    """How many of a rank's layers have a norm or SwiGLU write their input; how often one did, and how many inputs were
+    rounded in all, beside how many were where the layers do it; whether loss and gradients are the same then."""
+    from megatron_edge.quantize import kernels, written_inputs
 
     wrapped, gradients = quantised(layout, session, "quant=nvfp4")
-    losses, expected = gradients()
-    written = written_inputs.use(wrapped)
-    again, ours = gradients()
-    return {"written": written, "same": losses == again and expected.equal(ours), "norm": float(ours.norm())}
+    with counted_roundings(kernels) as by_layers:
+        losses, expected = gradients()
+    uses = written_inputs.use(wrapped)
+    with counted_roundings(kernels) as made:
+        again, ours = gradients()
+    return {
+        "uses": uses, "written": made["rms_norm_values"] + made["swiglu_values"], "rounded": made["fake_quantize"],
+        "by_layers": by_layers["fake_quantize"], "same": losses == again and expected.equal(ours),
+        "norm": float(ours.norm()),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def counted_roundings(kernels: Any) -> Iterator[Counter[str]]:
+    """Calls of the functions that round an input, by name."""
+    made: Counter[str] = Counter()
+    upstream = {name: getattr(kernels, name) for name in ("fake_quantize", "rms_norm_values", "swiglu_values")}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any) -> Any:
+            made[name] += not isinstance(args[0], dict) or args[0]["role"] == "input"
+            return upstream[name](*args)
+
+        return call
+
+    for name in upstream:
+        setattr(kernels, name, counting(name))
+    try:
+        yield made
+    finally:
+        for name, function in upstream.items():
+            setattr(kernels, name, function)
 
 
 def ways(layout: str, session: Any) -> dict[str, list[float]]:

@@ -34,6 +34,7 @@ LIMIT = (
 )
 ROUNDED_ONCE = 2.0**-8  # to bf16
 STEPS = 5
+WRITES = {"local": 6, "te": 2}  # of two layers: by two norms and a SwiGLU; TransformerEngine has norms of its own
 # Tokens, in, out: a Llama of hidden 2048 and ffn 8192 (qkv, proj, gate and up, down), and an expert's odd number.
 SHAPES = ((4096, 2048, 3072), (4096, 2048, 2048), (4096, 2048, 16384), (4096, 8192, 2048), (36, 2048, 512))
 
@@ -179,8 +180,7 @@ def steps(
     stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(model, composed.train, torch.bfloat16, stream=stream)
     used = fp8_gemm.use(wrapped) if fp8 else {}
-    if written:
-        written_inputs.use(wrapped)
+    writes = written_inputs.use(wrapped) if written else 0
     gradients = StepGraph(stream) if stream is not None else step.forward_backward
     found = []
     for at in range(STEPS):  # other samples at each step
@@ -188,7 +188,7 @@ def steps(
         found.append(step.train_step(wrapped, optimizer, mine, session, step.LABELS, gradients))
     weights = torch.cat([param.detach().float().flatten() for param in named_shards(wrapped).values()])
     return {
-        "used": used, "losses": torch.tensor([r.loss for r in found]),
+        "used": used, "writes": writes, "losses": torch.tensor([r.loss for r in found]),
         "norms": torch.tensor([r.gradient_norm for r in found]), "weights": weights,
     }  # fmt: skip
 
@@ -205,6 +205,7 @@ def test_a_recorded_step_is_the_step(session: Any, quant: str, fmt: str, backend
     eager, again, recorded = (of(recorded=graph, fp8=True) for graph in (False, False, True))
     plain, unwritten = of(recorded=False, fp8=False), of(recorded=False, fp8=True, written=False)
     assert eager["used"] == recorded["used"] == {"used": 8}
+    assert eager["writes"] == recorded["writes"] == WRITES[backend] and not unwritten["writes"]
     for what in ("losses", "norms", "weights"):
         apart, noise = (float((other[what] - eager[what]).abs().max()) for other in (recorded, again))
         print(f"{backend} {quant} {what}: recorded {apart:.1e}, eager twice {noise:.1e}")

@@ -54,7 +54,7 @@ def run(
 ) -> dict[str, Any]:
     from megatron_edge.compose import compose
     from megatron_edge.model.build import named_shards
-    from megatron_edge.quantize import apply, policy
+    from megatron_edge.quantize import apply, fp8_gemm, policy, written_inputs
     from megatron_edge.train import step
     from megatron_edge.train.distill import Distillation
     from megatron_edge.train.graph import StepGraph
@@ -69,6 +69,7 @@ def run(
     apply.calibrate(model, plan, matches, lambda _: step.run_forward(model, batches, session))
     stream = torch.cuda.Stream() if recorded else None
     wrapped, optimizer = step.make_trainable(model, composed.train, torch.bfloat16, stream=stream)
+    written_inputs.use(wrapped, not fp8_gemm.absent())
     objective = Distillation(build(llama, session), composed.train, session) if mode == "qad" else step.LABELS
     gradients = StepGraph(stream) if stream is not None else one_by_one
     found = []

@@ -27,7 +27,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "unit"), str(HERE.parent)]
 
-from test_fp8_gemm_cuda import session, steps  # noqa: E402, F401
+from test_fp8_gemm_cuda import WRITES, session, steps  # noqa: E402, F401
 from test_inputs_cuda import DTYPES, EPS, SHAPES, differing, inputs_of, with_kernels  # noqa: E402
 from test_layers_cuda import random  # noqa: E402
 from tiny_megatron import random_llama  # noqa: E402
@@ -103,6 +103,7 @@ def test_a_recorded_step_is_the_step(session: Any, backend: str) -> None:  # noq
     of = partial(steps, random_llama(hidden_size=128, intermediate_size=256), session, "nvfp4", fp8=False)
     eager, again, recorded = (of(recorded=graph, backend=backend) for graph in (False, False, True))
     unwritten = of(recorded=False, written=False, backend=backend)
+    assert eager["writes"] == recorded["writes"] == WRITES[backend] and not unwritten["writes"]
     for what in ("losses", "norms", "weights"):
         noise, apart, by_layers = (float((o[what] - eager[what]).abs().max()) for o in (again, recorded, unwritten))
         print(f"{backend} {what}: eager twice {noise:.1e}, recorded {apart:.1e}, rounded by the layers {by_layers:.1e}")

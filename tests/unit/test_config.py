@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -354,3 +355,18 @@ def test_a_cuda_graph_is_refused_where_a_step_cannot_be_recorded() -> None:
             records_steps(compose.compose(["train.cuda_graph=true", *settings]), model)
         assert not records_steps(compose.compose(settings), model)
     assert not records_steps(compose.compose(["train.cuda_graph=false"]), model)
+    for setting in alone:  # with our layers nothing but the device stands in the way
+        told = ["train.cuda_graph=true", setting]
+        if torch.cuda.is_available():
+            assert records_steps(compose.compose(told), model)
+        else:
+            with pytest.raises(InputError, match=r"cuda_graph=true: there is no CUDA device; allowed"):
+                records_steps(compose.compose(told), model)
+
+
+def test_fp8_products_are_refused_where_layers_have_none() -> None:
+    from megatron_edge.jobs.preflight import check_backend
+
+    told = ["train.fp8_gemm=true", "model.backend=te", "parallel.tensor=2"]
+    with pytest.raises(InputError, match=r"train.fp8_gemm=true: TransformerEngine's .* parallel.tensor=2 \(1 is"):
+        check_backend(compose.compose(told))
