@@ -145,7 +145,9 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = leaf(
         "dtype of weights and activations (the optimizer keeps fp32); auto is bf16 where the hardware multiplies it"
     )
-    cuda_graph: bool | None = leaf("forward and backward as one CUDA graph; null is wherever possible")
+    cuda_graph: bool | None = leaf(
+        "forward and backward as one CUDA graph; null is wherever possible, true under TP and CP together too"
+    )
     fp8_gemm: bool | None = leaf(
         "forward products of layers with fp8 inputs in FP8 (torch._scaled_mm); null is wherever the device has them"
     )

@@ -151,7 +151,8 @@ def check_backend(config: RunConfig) -> None:
 
 def records_steps(config: RunConfig, hf_config: dict) -> bool:
     """Whether forward and backward become a CUDA graph (train/graph.py): as train.cuda_graph says, or where it can be.
-    Exchanges between tensor- and context-parallel ranks are then in the graph.
+    Exchanges between tensor- and context-parallel ranks are then in the graph; those of both together, which were not
+    tried, only where train.cuda_graph=true.
 
     Raises:
         InputError: train.cuda_graph=true where it cannot be.
@@ -175,7 +176,8 @@ def records_steps(config: RunConfig, hf_config: dict) -> bool:
         ]
     if wanted and obstacles:
         raise InputError(f"train.cuda_graph=true: {'; '.join(obstacles)}; allowed here: null, false")
-    return not obstacles and wanted is not False
+    are_tried = parallel.tensor == 1 or parallel.context == 1
+    return not obstacles and (are_tried if wanted is None else wanted)
 
 
 def _check_model(config: RunConfig, source: ModelSource, teacher: ModelSource | None, layout: ParallelPlan) -> None:
