@@ -56,6 +56,7 @@ def run(
     from megatron_edge.model.build import named_shards
     from megatron_edge.quantize import apply, fp8_gemm, policy, written_inputs
     from megatron_edge.train import step
+    from megatron_edge.train.data import Batch
     from megatron_edge.train.distill import Distillation
     from megatron_edge.train.graph import StepGraph
 
@@ -79,6 +80,8 @@ def run(
             half = mine[0].tokens.shape[1] // 2
             mine[1] = mine[1]._replace(documents=(mine[1].positions >= half).int(), positions=mine[1].positions % half)
         found.append(step.train_step(wrapped, optimizer, mine, session, objective, gradients))
+        if at == STEPS // 2:  # a larger forward pass between, for which Megatron replaces its buffers
+            step.evaluate(wrapped, [Batch(*(torch.cat(parts) for parts in zip(*mine, strict=True)))], session)
     weights = {name: param.detach().float() for name, param in named_shards(wrapped).items()}
     return {"losses": [r.loss for r in found], "norms": [r.gradient_norm for r in found], "weights": weights}
 
