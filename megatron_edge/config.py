@@ -296,6 +296,11 @@ def with_group_sizes(quant: QuantConfig) -> QuantConfig:
     )
 
 
+def has_fp8_product(weight: str, activation: str) -> bool:
+    """Whether both operands of a layer in these formats are numbers of E4M3, the codes of int4 too."""
+    return activation == "fp8" and weight in ("fp8", "int4")
+
+
 def parts_of(quant: QuantConfig) -> Iterator[tuple[str, Any]]:
     """(name of the field, with its pattern; what has weight, activation and group_size) of the base and each
     override."""

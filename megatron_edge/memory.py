@@ -15,7 +15,7 @@ from typing import Any
 from megatron_edge.artifact.formats import STATIC_KV_FORMATS, kv_storage_bytes, storage_bytes
 from megatron_edge.artifact.tables import Table, tables_of
 from megatron_edge.checks import layers_per_chunk
-from megatron_edge.config import RunConfig, parts_of
+from megatron_edge.config import RunConfig, has_fp8_product, parts_of
 from megatron_edge.contracts import ParallelPlan, QuantRule
 from megatron_edge.families import ModelDims, all_rules, dims_of, expected_tensors, hf_shape, rules_of
 from megatron_edge.recipe import quant_rules, rule_of
@@ -351,7 +351,7 @@ def _keeps_codes(config: RunConfig) -> bool:
     if not config.train.fp8_gemm or config.train.lora_rank is not None or is_split:
         return False
     return all(
-        part.activation == "fp8" and (part.weight == "fp8" or (part.weight == "int4" and part.group_size == 128))
+        has_fp8_product(part.weight, part.activation) and (part.weight == "fp8" or part.group_size == 128)
         for _, part in parts_of(config.quant)
     )
 

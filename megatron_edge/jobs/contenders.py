@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_edge import devices, memory
-from megatron_edge.config import RunConfig
+from megatron_edge.config import RunConfig, has_fp8_product
 from megatron_edge.families import dims_of
 from megatron_edge.jobs.preflight import records_steps
 from megatron_edge.jobs.training import DTYPES
@@ -255,10 +255,6 @@ def flops_per_token(hf_config: dict[str, Any], length: int) -> float:
     return 6 * used + 6 * dims.num_layers * dims.num_heads * dims.head_dim * length
 
 
-def has_fp8_products(quant: Any) -> bool:
-    return quant.activation == "fp8" and quant.weight in ("fp8", "int4")
-
-
 def moved_bytes(quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: int) -> float:
     """What fake quantisation must move in a step on one rank beside a plain step: 2 bytes read and 2 written for each
     weight, once, and for attention's result in each micro-batch (for FP8 products 1 written). A norm or SwiGLU before
@@ -269,7 +265,7 @@ def moved_bytes(quant: Any, hf_config: dict[str, Any], tokens: int, accumulate: 
     if quant.activation == "none":
         return weights
     of_attention, others = dims.num_heads * dims.head_dim, 2 * dims.hidden_size + dims.ffn_hidden_size
-    of_token = 3 * of_attention + others if has_fp8_products(quant) else 4 * of_attention
+    of_token = 3 * of_attention + others if has_fp8_product(quant.weight, quant.activation) else 4 * of_attention
     return weights + of_token * dims.num_layers * tokens * accumulate
 
 
@@ -281,6 +277,6 @@ def bound(
     FLOP/s: a little more is possible where the plain step's take longer than that."""
     flop_rate, byte_rate = figures
     seconds = moved_bytes(quant, hf_config, tokens, accumulate) / byte_rate
-    if has_fp8_products(quant):
+    if has_fp8_product(quant.weight, quant.activation):
         seconds -= memory.count_parameters(hf_config).linears * 2 * tokens * accumulate / flop_rate / 2
     return 1 + seconds / plain

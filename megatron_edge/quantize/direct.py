@@ -58,14 +58,18 @@ def register(backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> None:
     enabled quantizer of `backend` makes of x, without gradient."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
-    kinds: list[tuple[type, Callable[..., Any]]] = [(layer, _megatron_class) for layer in linear_classes()]
+    def registered(layer: type) -> Any:  # the first class is made of it and `layer`
+        return QuantModuleRegistry[layer].__mro__[1]
+
     of_te = transformer_engine_classes() if knows_transformer_engine() else ()
     if of_te:  # modelopt takes the first class with a layer's forward, which its base has too; of that we build none
         QuantModuleRegistry.unregister(of_te[0].__base__)
-    for layer, made in [*kinds, *((layer, _transformer_engine_class) for layer in of_te)]:
-        base = QuantModuleRegistry[layer].__mro__[1]  # what is registered; the first of them is made of it and `layer`
-        _classes[layer] = (made(base, backend, quantised), base)
-        _put(layer, _classes[layer][0])
+    made = {layer: _megatron_class(registered(layer), quantised) for layer in linear_classes()}
+    made |= {layer: _transformer_engine_class(registered(layer)) for layer in of_te}
+    for layer, ours in made.items():
+        ours._backend = backend
+        _classes[layer] = (ours, registered(layer))
+        _put(layer, ours)
 
 
 class _Direct:
@@ -87,15 +91,13 @@ class _Direct:
         )
 
 
-def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, Any], Tensor]) -> Any:
+def _megatron_class(upstream: Any, quantised: Callable[[Tensor, Any], Tensor]) -> Any:
     from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 
     def value(x: Tensor, quantizer: Any) -> Tensor:
         return x if quantizer.__dict__["_disabled"] or not x.numel() else quantised(x, quantizer)
 
     class DirectLinear(_Direct, upstream):
-        _backend = backend
-
         def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             given = () if weight is None else (weight,)
             # Here, as Megatron may hand on a view.
@@ -119,11 +121,9 @@ def _megatron_class(upstream: Any, backend: str, quantised: Callable[[Tensor, An
     return DirectLinear
 
 
-def _transformer_engine_class(upstream: Any, backend: str, _: Any) -> Any:
+def _transformer_engine_class(upstream: Any) -> Any:
     class DirectTELinear(_Direct, upstream):
         """Its own product; or ours of FP8 numbers, where tensor parallelism does not split the layer."""
-
-        _backend = backend
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             written = written_inputs.taken(x, self._modules["input_quantizer"])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_edge.config import has_fp8_product
 from megatron_edge.model.build import named_modules
 from megatron_edge.model.fp8_linear import USE_FAST_ACCUM
 from megatron_edge.model.layers import transformer_engine_classes
@@ -48,7 +49,7 @@ def use(model: nn.Module) -> dict[str, int]:
     found: Counter[str] = Counter()
     for _, layer in named_modules(model):
         formats = _formats(layer)
-        if formats is not None and formats[1] == "fp8" and formats[0] in ("fp8", "int4"):
+        if formats is not None and has_fp8_product(*formats):
             reason = _obstacle(layer, formats[0])
             layer._fp8_product = not reason
             found[reason or "used"] += 1

@@ -81,76 +81,52 @@ def _takes_values(linear: Any) -> bool:
     return not state["_disabled"] and (state["backend_extra_args"] or {}).get("format") in VALUES_OF
 
 
-class _RMSNormOperand(torch.autograd.Function):
-    """Keeps what the plain norm keeps."""
+class _RoundedRMSNorm(torch.autograd.Function):
+    """(value, or with it codes and scale); keeps what the plain norm keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scale, value, inverse = kernels.rms_norm_operand(amax, x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, amax: Tensor, with_codes: bool) -> tuple[Tensor, ...]:
+        rounded = kernels.rms_norm_operand if with_codes else kernels.rms_norm_values
+        *written, value, inverse = rounded(amax, x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.mark_non_differentiable(codes, scale)
-        ctx.set_materialize_grads(False)
-        return value, codes, scale
+        return _differentiable_alone(ctx, value, written)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return *RMSNormFunction.backward(ctx, gradients[0]), None
+        return *RMSNormFunction.backward(ctx, gradients[0]), None, None
 
 
-class _SwiGLUOperand(torch.autograd.Function):
+class _RoundedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scale, value = kernels.swiglu_operand(amax, x)
+    def forward(ctx: Any, x: Tensor, amax: Tensor, with_codes: bool) -> tuple[Tensor, ...]:
+        *written, value = kernels.swiglu_operand(amax, x) if with_codes else (kernels.swiglu_values(amax, x),)
         ctx.save_for_backward(x)
-        ctx.mark_non_differentiable(codes, scale)
-        ctx.set_materialize_grads(False)
-        return value, codes, scale
+        return _differentiable_alone(ctx, value, written)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return SwiGLUFunction.backward(ctx, gradients[0]), None
+        return SwiGLUFunction.backward(ctx, gradients[0]), None, None
 
 
-class _RMSNormValues(torch.autograd.Function):
-    """As above, of nvfp4."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, amax: Tensor) -> Tensor:
-        value, inverse = kernels.rms_norm_values(amax, x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return *RMSNormFunction.backward(ctx, gradient), None
-
-
-class _SwiGLUValues(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return kernels.swiglu_values(amax, x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return SwiGLUFunction.backward(ctx, gradient), None
+def _differentiable_alone(ctx: Any, value: Tensor, written: list[Tensor]) -> tuple[Tensor, ...]:
+    ctx.mark_non_differentiable(*written)
+    ctx.set_materialize_grads(False)
+    return value, *written
 
 
 def rms_norm(quantizer: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """quantizer(fused.rms_norm(x, weight, eps)) of the quantizer of an fp8 or nvfp4 input; marked for `taken`, of fp8
     with codes."""
-    amax = quantizer._buffers["_amax"]
-    if quantizer.__dict__["backend_extra_args"]["format"] in VALUES_OF:
-        return _marked(quantizer, _RMSNormValues.apply(x, weight, eps, amax))
-    return _marked(quantizer, *_RMSNormOperand.apply(x, weight, eps, amax))
+    return _marked(quantizer, *_RoundedRMSNorm.apply(x, weight, eps, *_settings(quantizer)))
 
 
 def swiglu(quantizer: Any, x: Tensor) -> Tensor:
     """quantizer(fused.swiglu(x)), likewise."""
-    amax = quantizer._buffers["_amax"]
-    if quantizer.__dict__["backend_extra_args"]["format"] in VALUES_OF:
-        return _marked(quantizer, _SwiGLUValues.apply(x, amax))
-    return _marked(quantizer, *_SwiGLUOperand.apply(x, amax))
+    return _marked(quantizer, *_RoundedSwiGLU.apply(x, *_settings(quantizer)))
+
+
+def _settings(quantizer: Any) -> tuple[Tensor, bool]:
+    return quantizer._buffers["_amax"], quantizer.__dict__["backend_extra_args"]["format"] not in VALUES_OF
 
 
 def _marked(quantizer: Any, value: Tensor, *codes: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ but all kernels alike: there, artifact/formats.py is compared in fp32 alone.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,18 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "unit"), str(HERE.parent)]
 
 from test_fp8_gemm_cuda import WRITES, session, steps  # noqa: E402, F401
-from test_inputs_cuda import DTYPES, EPS, SHAPES, differing, inputs_of, with_kernels  # noqa: E402
+from test_inputs_cuda import (  # noqa: E402
+    DTYPES,
+    EPS,
+    SHAPES,
+    calibrated,
+    differing,
+    inputs_of,
+    large,
+    program,
+    timed,
+    with_kernels,
+)  # fmt: skip
 from test_layers_cuda import random  # noqa: E402
 from tiny_megatron import random_llama  # noqa: E402
 from triton_device import ABSENT, DEVICE, INTERPRETED  # noqa: E402
@@ -49,13 +59,6 @@ def rounded(x: Tensor, amax: Tensor) -> Tensor:
     return triton_kernels.fake_quantize(ARGS, x, amax, x.dtype)
 
 
-def calibrated(amax: Tensor) -> Any:
-    quantizer = torch.nn.Module()
-    quantizer.register_buffer("_amax", amax)
-    quantizer.backend_extra_args = ARGS
-    return quantizer
-
-
 def compare(name: str, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
     """(where, elements, how many differ) of forward and backward."""
     with_kernels()
@@ -71,7 +74,10 @@ def compare(name: str, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
             "blocks below the smallest scale": largest * 2.0**20, "a power of two": torch.full_like(largest, 2688.0),
             "zero": torch.zeros_like(largest),
         }.items():  # fmt: skip
-            quantizer, where = calibrated(amax), f"{name} {str(dtype)[6:]} {'' if is_finite else 'not '}finite {kind}"
+            quantizer, where = (
+                calibrated(amax, ARGS),
+                f"{name} {str(dtype)[6:]} {'' if is_finite else 'not '}finite {kind}",
+            )
             value = (
                 written_inputs.rms_norm(quantizer, *inputs, EPS) if norm else written_inputs.swiglu(quantizer, *inputs)
             )
@@ -115,57 +121,14 @@ def test_a_recorded_step_is_the_step(session: Any, backend: str) -> None:  # noq
 # ---------------------------------------------------------------- as a program
 
 
-def timed(call: Callable[[], Any], together: int = 20, repeats: int = 10) -> float:
-    """Microseconds of a call on the device, of `together` in a CUDA graph: the host takes as long as a norm."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(together):
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        graph.replay()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / (repeats * together) * 1e6
-
-
 def speeds() -> Iterator[str]:
-    """Of a layer of 4 windows of 2048 tokens, hidden 2048, ffn 8192, bf16, forward, without autograd."""
     yield f"{'bf16':24}{'us':>8}{'GB/s':>8}{'plain us':>10}{'plain, then rounding us':>25}"
-    for name, shape, passes in (("norm", (2048, 4, 2048), 2.0), ("swiglu", (2048, 4, 16384), 3 / 2)):
-        x = random(*shape).to(DEVICE, torch.bfloat16)
-        norm, weight = name == "norm", torch.ones(shape[-1], device=DEVICE, dtype=torch.bfloat16)
-        plain = partial(fused.normed, x, weight, EPS) if norm else partial(fused.gated, x)
-        result = plain()[0] if norm else plain()
-        amax = formats.snap_tensor_amax("nvfp4", result.float().abs().max())
-        ours = partial(kernels.swiglu_values, amax, x)
-        if norm:
-            ours = partial(kernels.rms_norm_values, amax, x, weight, EPS)
+    for name, x, more, plain, result, amax in large("nvfp4"):
+        ours = partial(kernels.rms_norm_values if more else kernels.swiglu_values, amax, x, *more)
         times = [timed(call) for call in (ours, plain, partial(kernels.fake_quantize, ARGS, result, amax))]
-        bandwidth = passes * 2 * x.numel() / times[0] / 1e3
+        bandwidth = (2 if more else 3 / 2) * 2 * x.numel() / times[0] / 1e3
         yield f"{name:24}{times[0]:8.1f}{bandwidth:8.0f}{times[1]:10.1f}{times[1] + times[2]:25.1f}"
 
 
-def main() -> int:
-    if ABSENT:
-        print(f"skipped: {ABSENT}")
-        return 0
-    surprises, elements = [], 0
-    for dtype in DTYPES:
-        for name in NAMES:
-            found = list(compare(name, dtype))
-            elements += sum(count for _, count, _ in found)
-            surprises += [f"{where}: {count} of {among} differ" for where, among, count in found if count]
-            print(f"{name} {str(dtype)[6:]}: {len(found)} comparisons", flush=True)
-    print(*surprises, f"{len(surprises)} surprises among {elements} numbers", sep="\n")
-    if not INTERPRETED:
-        print(torch.cuda.get_device_name(), *speeds(), sep="\n")
-    return 1 if surprises else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(compare, NAMES, speeds))

@@ -23,7 +23,7 @@ from megatron_edge.model.layers import read_by_one
 from megatron_edge.quantize import apply, fp8_gemm, kernels, written_inputs
 
 EPS = 1e-6
-OURS = {"_RMSNormOperandBackward", "_SwiGLUOperandBackward"}
+OURS = {"_RoundedRMSNormBackward", "_RoundedSwiGLUBackward"}
 NO_SETTINGS = (None, False, False, False, None, None, None)
 INPUT = {"role": "input", "format": "fp8", "group_size": 0}
 
@@ -133,6 +133,36 @@ def writing_nothing(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_bits(model: nn.Module, session: Any, linear: str) -> None:
+    """`model`, told to write, beside itself without; `linear`: the node of its layers."""
+    losses, gradients, kinds = loss_and_gradients(model, session)
+    assert kinds >= OURS
+    expected, theirs, kinds = loss_and_gradients(writing_nothing(model), session)
+    assert not kinds & OURS and linear in kinds
+    assert losses.equal(expected) and losses.isfinite().all()
+    assert gradients.keys() == theirs.keys() and len(gradients) > 10
+    for name, gradient in gradients.items():
+        assert gradient.equal(theirs[name]), name
+
+
+def check_states(model: nn.Module, kinds: Callable[[], set[str]], *more: list[nn.Module]) -> None:
+    """Who looks at a layer's input, or has it take modelopt's way (a hook on each of `more` too), sees the plain
+    result."""
+    model.eval()
+    assert not kinds()
+    model.train()
+    assert kinds() == OURS
+    with apply.quantizers_off(model):
+        assert not kinds()
+    watched = [[linear for _, _, linear in owners(model)], [owner for owner, _, _ in owners(model)]]
+    for modules in (*watched, [linear.output_quantizer for linear in watched[0]], *more):
+        handles = [module.register_forward_hook(lambda *_: None) for module in modules]
+        assert not kinds()
+        for handle in handles:
+            handle.remove()
+    assert kinds() == OURS
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_models_step_has_the_same_bits(
     llama: Any, session: Any, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
@@ -143,14 +173,7 @@ def test_a_models_step_has_the_same_bits(
     fp8_gemm.use(model)
     written_inputs.use(model)
     assert "a norm or SwiGLU writes 6 of the inputs" in caplog.text
-    losses, gradients, kinds = loss_and_gradients(model, session)
-    assert kinds >= OURS
-    expected, theirs, kinds = loss_and_gradients(writing_nothing(model), session)
-    assert not kinds & OURS and "LinearOfCodesBackward" in kinds
-    assert losses.equal(expected) and losses.isfinite().all()
-    assert gradients.keys() == theirs.keys() and len(gradients) > 10
-    for name, gradient in gradients.items():
-        assert gradient.equal(theirs[name]), name
+    check_bits(model, session, linear="LinearOfCodesBackward")
 
 
 def test_a_value_without_its_codes(llama: Any, session: Any) -> None:
@@ -179,23 +202,10 @@ def test_only_where_the_layer_takes_them(llama: Any, session: Any) -> None:
     def kinds() -> set[str]:
         return loss_and_gradients(model, session)[2] & OURS
 
-    model.eval()
-    assert not kinds()
-    model.train()
-    assert kinds() == OURS
-    with apply.quantizers_off(model):
-        assert not kinds()
-    watched = [[linear for _, _, linear in owners(model)], [owner for owner, _, _ in owners(model)]]
-    watched += [[linear.output_quantizer for linear in watched[0]]]
-    for modules in watched:  # who looks at a layer's input, or takes modelopt's way, sees the plain result
-        handles = [module.register_forward_hook(lambda *_: None) for module in modules]
-        assert not kinds()
-        for handle in handles:
-            handle.remove()
-    assert kinds() == OURS
+    check_states(model, kinds)
     for layer in chunks_of(model)[0].decoder.layers:
         layer.mlp.linear_fc2.weight.requires_grad_(False)
-    assert kinds() == {"_RMSNormOperandBackward"}, "the weight is frozen"
+    assert kinds() == {"_RoundedRMSNormBackward"}, "the weight is frozen"
     fp8_gemm.use(model)
     written_inputs.use(model)
     for owner, name, linear in owners(model):
