@@ -358,7 +358,7 @@ def test_a_cuda_graph_is_refused_where_a_step_cannot_be_recorded() -> None:
     for setting in alone:  # with our layers nothing but the device stands in the way
         told = ["train.cuda_graph=true", setting]
         if torch.cuda.is_available():
-            assert records_steps(compose.compose(told), model)
+            assert records_steps(compose.compose(told), model) and records_steps(compose.compose([setting]), model)
         else:
             with pytest.raises(InputError, match=r"cuda_graph=true: there is no CUDA device; allowed"):
                 records_steps(compose.compose(told), model)
