@@ -27,11 +27,11 @@ from megatron_edge.train.data import Batch
 
 # In this order: the first that a name matches.
 GROUPS = (
-    ("attention", r"flash|fmha|sdpa|attention"),
+    ("attention", r"flash|fmha|sdpa|attention|cudnn::fusion"),
     ("loss", r"_loss_(rows|gradient)_kernel"),
     ("GEMM", r"gemm|cutlass|nvjet|cublas|xmma|matmul|splitk|aten::(mm|_scaled_mm|addmm|bmm|linear)$"),
-    ("fake quantisation", r"_(static|grouped|nvfp4|q8_0|\w+_operand|fp8_values)_kernel|fake_|e4m3|fp4|quant|amax_conv"),
     ("norm, SwiGLU, rope", r"_(rms_norm|swiglu|rotate)_"),
+    ("fake quantisation", r"_(static|grouped|nvfp4|q8_0|\w+_operand|fp8_values)_kernel|fake_|e4m3|fp4|quant|amax_conv"),
     ("copies and casts", r"memcpy|memset|copy|fill|::zero|catarray|aten::cat"),
     ("sums and norms", r"reduce|aten::(sum|mean|norm)|l2norm"),
 )

@@ -100,7 +100,7 @@ def test_a_recorded_step_recomputes(session: Any, recompute: str) -> None:
 
 
 def compare(session: Any, quant: str, kv: str, mode: str, recompute: str = "none") -> None:
-    llama = random_llama(hidden_size=128, intermediate_size=256)
+    llama = random_llama(hidden_size=256, intermediate_size=512)  # two ranks: whole blocks of 128
     eager, again, recorded = (run(llama, session, quant, kv, mode, graph, recompute) for graph in (False, False, True))
 
     def apart(other: dict[str, Any], what: str) -> float:

@@ -12,7 +12,6 @@ but all kernels alike; of a NaN it makes an ordinary E4M3 number, which is not c
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "unit"), str(HERE.parent)]
 
 from test_layers_cuda import random  # noqa: E402
-from triton_device import ABSENT, DEVICE, INTERPRETED  # noqa: E402
+from triton_device import ABSENT, DEVICE, INTERPRETED, timed  # noqa: E402
 
 from megatron_edge.artifact import formats  # noqa: E402
 from megatron_edge.model import fused  # noqa: E402
@@ -138,24 +137,6 @@ def test_bits_of_the_two_kernels(name: str, dtype: torch.dtype) -> None:
 
 
 # ---------------------------------------------------------------- as a program
-
-
-def timed(call: Callable[[], Any], together: int = 20, repeats: int = 10) -> float:
-    """Microseconds of a call on the device, of `together` in a CUDA graph: the host takes as long as a norm."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(together):
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        graph.replay()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / (repeats * together) * 1e6
 
 
 def large(fmt: str) -> Iterator[tuple[str, Tensor, tuple[Tensor, ...], Callable[[], Any], Tensor, Tensor]]:

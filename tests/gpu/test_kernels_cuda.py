@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from triton_device import ABSENT, DEVICE, INTERPRETED
+from triton_device import ABSENT, DEVICE, INTERPRETED, timed
 
 from megatron_edge.artifact import formats
 from megatron_edge.quantize import kernels
@@ -165,34 +165,15 @@ def test_wrong_amax_or_shape_is_refused() -> None:
 
 
 def speeds() -> Iterator[str]:
-    """Of a weight [8192, 2048] bf16, as a layer has them: the device's time, and the host's for a call on 512 x 16."""
-    yield f"{'':22}{'us':>8}{'GB/s':>8}{'plain us':>10}{'host us':>9}{'plain host us':>15}"
-    big = (torch.randn(8192, 2048, device=DEVICE) * 0.02).to(torch.bfloat16)
+    """Of a weight or input [8192, 2048] in bf16, as a layer has them."""
+    yield f"{'':22}{'us':>8}{'GB/s':>8}{'plain us':>10}"
+    x = (torch.randn(8192, 2048, device=DEVICE) * 0.02).to(torch.bfloat16)
     for role, fmt, group_size, _ in QUANTIZERS:
         if group_size == 48:
             continue
-        args, times = arguments(role, fmt, group_size), []
-        for x in (big, big[:512, :128].contiguous()):
-            amax = next(maxima(role, fmt, group_size, x))[1]
-            for call in (fused, kernels.plain):
-                times.append(timed(partial(call, args, x, amax, torch.bfloat16)))
-        (device, _), (plain, _), (_, host), (_, plain_host) = times
-        bandwidth = 4 * big.numel() / device / 1e3
-        name = named((role, fmt, group_size))
-        yield f"{name:22}{device:8.1f}{bandwidth:8.0f}{plain:10.1f}{host:9.1f}{plain_host:15.1f}"
-
-
-def timed(call: Any, repeats: int = 50) -> tuple[float, float]:
-    """Microseconds per call until the device is done, and until the host is free again."""
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    returned = time.perf_counter()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeats * 1e6, (returned - began) / repeats * 1e6
+        args, amax = arguments(role, fmt, group_size), next(maxima(role, fmt, group_size, x))[1]
+        ours, plain = (timed(partial(call, args, x, amax, torch.bfloat16)) for call in (fused, kernels.plain))
+        yield f"{named((role, fmt, group_size)):22}{ours:8.1f}{4 * x.numel() / ours / 1e3:8.0f}{plain:10.1f}"
 
 
 def main() -> int:

@@ -36,12 +36,11 @@ from test_inputs_cuda import (  # noqa: E402
     inputs_of,
     large,
     program,
-    timed,
     with_kernels,
 )  # fmt: skip
 from test_layers_cuda import random  # noqa: E402
 from tiny_megatron import random_llama  # noqa: E402
-from triton_device import ABSENT, DEVICE, INTERPRETED  # noqa: E402
+from triton_device import ABSENT, DEVICE, INTERPRETED, timed  # noqa: E402
 
 from megatron_edge.artifact import formats  # noqa: E402
 from megatron_edge.model import fused  # noqa: E402

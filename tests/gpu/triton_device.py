@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -23,3 +26,21 @@ if not INTERPRETED and not torch.cuda.is_available():
     ABSENT = "torch.cuda.is_available() is False: these tests compare CUDA kernels"
 elif find_spec("triton") is None:
     ABSENT = "triton is not installed"
+
+
+def timed(call: Callable[[], Any], together: int = 20, repeats: int = 10) -> float:
+    """Microseconds of a call on the device, of `together` in a CUDA graph: the host takes as long as a norm."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(together):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        graph.replay()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / (repeats * together) * 1e6
